@@ -1,0 +1,33 @@
+"""The `nbdram` command: one module per subcommand; each has `add(subparsers)` and `run(arguments)`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from nbdram import __version__
+from nbdram.cli import info, list_exports, map_extents, serve
+from nbdram.errors import NbdramError, UsageError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 on success, 1 on failure, 2 for a mistake in what was asked."""
+    parser = argparse.ArgumentParser(prog="nbdram", description="NBD devices that live in RAM.")
+    parser.add_argument("--version", action="version", version=f"nbdram {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for module in (serve, list_exports, info, map_extents):
+        module.add(commands)
+    parsed = parser.parse_args(arguments)
+    try:
+        code: int = parsed.run(parsed)
+    except UsageError as error:
+        print(f"nbdram: {error}", file=sys.stderr)
+        return 2
+    except NbdramError as error:
+        print(f"nbdram: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stderr.close()
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return code

@@ -1,0 +1,63 @@
+"""nbdram serve: run a server in the foreground."""
+
+import argparse
+import logging
+
+import uvloop
+
+from nbdram.config import (
+    DEFAULT_EXPORT_NAME,
+    DEFAULT_EXPORT_SIZE,
+    ExportSettings,
+    ServeSettings,
+    default_listen,
+    parse_listen,
+    parse_size,
+)
+from nbdram.memory.available import default_budget
+from nbdram.server.server import serve
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("serve", help="run a server in the foreground")
+    parser.add_argument(
+        "--export",
+        action="append",
+        metavar="NAME=MAXSIZE[,ro][,description=TEXT]",
+        help="serve a device of at most MAXSIZE, as in scratch=16G (default: ram=1T)",
+    )
+    parser.add_argument(
+        "--listen",
+        action="append",
+        metavar="URI",
+        help="unix:PATH, tcp://HOST:PORT, or fd for sockets handed over by a service manager "
+        "(default: nbdram.sock in the runtime directory, and tcp://127.0.0.1:10809)",
+    )
+    parser.add_argument(
+        "--memory", metavar="SIZE", help="RAM for all devices (default: half of what is available)"
+    )
+    parser.add_argument(
+        "--allow-plaintext",
+        action="store_true",
+        help="allow addresses that others can reach, without encryption",
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="log every connection")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    logging.basicConfig(
+        level=logging.INFO if arguments.verbose else logging.WARNING,
+        format="%(asctime)s %(name)s %(levelname)s: %(message)s",
+    )
+    exports = tuple(ExportSettings.parse(text) for text in arguments.export or ())
+    listen = tuple(parse_listen(text) for text in arguments.listen or ())
+    settings = ServeSettings(
+        exports=exports or (ExportSettings(DEFAULT_EXPORT_NAME, DEFAULT_EXPORT_SIZE),),
+        listen=listen or default_listen(),
+        memory=parse_size(arguments.memory) if arguments.memory else default_budget(),
+        allow_plaintext=arguments.allow_plaintext,
+    )
+    settings.check()
+    uvloop.run(serve(settings))
+    return 0

@@ -1,0 +1,144 @@
+"""A small blocking NBD client: enough to look at a server, or to test one."""
+
+import socket
+from collections.abc import Iterator
+from types import TracebackType
+
+from nbdram.config import Endpoint
+from nbdram.errors import NbdramError, ProtocolError
+from nbdram.protocol import client_handshake as ours
+from nbdram.protocol import wire
+from nbdram.protocol.client_handshake import RemoteExport, Steps, T
+from nbdram.protocol.handshake import ReplyMode
+from nbdram.protocol.wire import Command, ReplyType
+
+_TIMEOUT_S = 10.0
+_STATUS_STEP_BYTES = 1 << 31
+
+
+class Session:
+    """One connection to an NBD server, from dialling to hanging up; a context manager."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.mode = ReplyMode.SIMPLE
+        self.contexts: dict[int, str] = {}
+        self._cookie = 0
+        try:
+            self._socket = _dial(endpoint)
+        except OSError as error:
+            raise NbdramError(f"can't reach {endpoint}: {error.strerror or error}") from error
+        self.run(ours.greet())
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._socket.close()
+
+    def run(self, steps: Steps[T]) -> T:
+        """Drive one part of the handshake over the socket."""
+        try:
+            wanted = next(steps)
+            while True:
+                if isinstance(wanted, int):
+                    wanted = steps.send(self._receive(wanted))
+                else:
+                    self._socket.sendall(wanted)
+                    wanted = next(steps)
+        except StopIteration as stop:
+            value: T = stop.value
+            return value
+        except OSError as error:
+            raise NbdramError(f"the server hung up: {error.strerror or error}") from error
+
+    def open(self, name: str, contexts: tuple[str, ...] = ()) -> RemoteExport:
+        """Agree on the best replies and on `contexts`, and enter the transmission phase."""
+        self.mode = self.run(ours.agree_on_replies((ReplyMode.EXTENDED, ReplyMode.STRUCTURED)))
+        if contexts and self.mode is not ReplyMode.SIMPLE:
+            self.contexts = self.run(ours.set_contexts(name, contexts))
+        return self.run(ours.go(name))
+
+    def block_status(self, offset: int, length: int) -> dict[str, list[tuple[int, int]]]:
+        """(length, flags) of extents from `offset` on, for each context; may end short of `length`."""
+        self._request(Command.BLOCK_STATUS, offset, length)
+        found: dict[str, list[tuple[int, int]]] = {}
+        for kind, body in self._chunks():
+            if kind == ReplyType.BLOCK_STATUS:
+                (number,) = wire.U32.unpack_from(body)
+                found[self.contexts[number]] = list(wire.EXTENT.iter_unpack(body[4:]))
+            elif kind == ReplyType.BLOCK_STATUS_EXT:
+                number, _ = wire.EXTENDED_STATUS_HEAD.unpack_from(body)
+                extents = wire.EXTENDED_EXTENT.iter_unpack(body[wire.EXTENDED_STATUS_HEAD.size :])
+                found[self.contexts[number]] = list(extents)
+        return found
+
+    def map_extents(self, context: str, size: int) -> Iterator[tuple[int, int, int]]:
+        """(offset, length, flags) of the whole export in one context, neighbours merged."""
+        offset, start, state = 0, 0, -1
+        step = size if self.mode is ReplyMode.EXTENDED else _STATUS_STEP_BYTES
+        while offset < size:
+            extents = self.block_status(offset, min(step, size - offset)).get(context)
+            if not extents:
+                raise ProtocolError(f"the server sent no {context}")
+            for length, flags in extents:
+                if flags != state:
+                    if state >= 0:
+                        yield start, offset - start, state
+                    start, state = offset, flags
+                offset = min(offset + length, size)
+        yield start, size - start, state
+
+    def disconnect(self) -> None:
+        self._request(Command.DISC, 0, 0)
+
+    def _request(self, command: Command, offset: int, length: int) -> None:
+        self._cookie += 1
+        extended = self.mode is ReplyMode.EXTENDED
+        layout = wire.EXTENDED_REQUEST if extended else wire.REQUEST
+        magic = wire.EXTENDED_REQUEST_MAGIC if extended else wire.REQUEST_MAGIC
+        self._socket.sendall(layout.pack(magic, 0, command, self._cookie, offset, length))
+
+    def _chunks(self) -> Iterator[tuple[int, bytes]]:
+        """The chunks of the reply to the last request."""
+        done = False
+        while not done:
+            if self.mode is ReplyMode.EXTENDED:
+                header = self._receive(wire.EXTENDED_REPLY.size)
+                magic, flags, kind, _, _, length = wire.EXTENDED_REPLY.unpack(header)
+            else:
+                header = self._receive(wire.STRUCTURED_REPLY.size)
+                magic, flags, kind, _, length = wire.STRUCTURED_REPLY.unpack(header)
+            if magic not in (wire.EXTENDED_REPLY_MAGIC, wire.STRUCTURED_REPLY_MAGIC):
+                raise ProtocolError("the server's answer breaks the NBD protocol")
+            body = self._receive(length) if length else b""
+            if kind in (ReplyType.ERROR, ReplyType.ERROR_OFFSET):
+                raise NbdramError(f"the server refused: {body[6:].decode('utf-8', 'replace')}")
+            yield kind, body
+            done = bool(flags & wire.REPLY_FLAG_DONE)
+
+    def _receive(self, length: int) -> bytes:
+        pieces = bytearray()
+        while len(pieces) < length:
+            piece = self._socket.recv(length - len(pieces))
+            if not piece:
+                raise NbdramError("the server hung up")
+            pieces += piece
+        return bytes(pieces)
+
+
+def _dial(endpoint: Endpoint) -> socket.socket:
+    if endpoint.path:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(_TIMEOUT_S)
+        try:
+            sock.connect(endpoint.path)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+    return socket.create_connection((endpoint.host, endpoint.port), timeout=_TIMEOUT_S)

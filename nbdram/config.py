@@ -1,0 +1,208 @@
+"""What the user asked for, checked and with units. Knows no sockets and no devices."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+from nbdram.errors import UsageError
+from nbdram.memory.layout import MAX_DEVICE_BYTES, PAGE
+from nbdram.protocol.wire import DEFAULT_PORT, MAX_STRING_BYTES
+
+DEFAULT_EXPORT_NAME: Final = "ram"
+DEFAULT_EXPORT_SIZE: Final = 1 << 40
+
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50}
+_SIZE = re.compile(r"(\d+)\s*([KMGTP]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `64M`, `16G`, `1TiB`: powers of 1024."""
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise UsageError(
+            f"{text!r} is not a size: write a whole number and K, M, G or T, as in 16G"
+        )
+    return int(match[1]) << _UNITS[match[2].upper()]
+
+
+def format_size(count: int) -> str:
+    """`count` bytes as people say it: exact if it is a whole number of a unit, else with one decimal."""
+    for unit, shift in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if count >= 1 << shift:
+            exact = count % (1 << shift) == 0
+            return f"{count >> shift} {unit}" if exact else f"{count / (1 << shift):.1f} {unit}"
+    return f"{count} bytes"
+
+
+def check_name(name: str) -> str:
+    """An export's name as the protocol allows it."""
+    if len(name.encode(errors="surrogateescape")) > MAX_STRING_BYTES:
+        raise UsageError(f"an export name may have at most {MAX_STRING_BYTES} bytes")
+    if not name.isprintable():
+        raise UsageError(f"the export name {name!r} contains characters that can't be printed")
+    return name
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """One export: its name, its maximum in bytes, and what clients may do."""
+
+    name: str
+    size: int
+    read_only: bool = False
+    description: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> "ExportSettings":
+        """From NAME=MAXSIZE[,ro][,description=TEXT]; the text runs to the end, commas included."""
+        name, equals, rest = text.partition("=")
+        if not equals or not name:
+            raise UsageError(f"--export {text!r}: write NAME=MAXSIZE, as in scratch=16G")
+        size_text, _, options = rest.partition(",")
+        try:
+            size = parse_size(size_text)
+        except UsageError as error:
+            raise UsageError(f"--export {text!r}: {error}") from None
+        if size == 0 or size % PAGE:
+            raise UsageError(
+                f"--export {text!r}: the size must be a multiple of {PAGE} bytes, above 0"
+            )
+        if size > MAX_DEVICE_BYTES:
+            limit = format_size(MAX_DEVICE_BYTES)
+            raise UsageError(f"--export {text!r}: an export can have at most {limit}")
+        read_only, description = False, ""
+        while options:
+            if options.startswith("description="):
+                description, options = options.removeprefix("description="), ""
+                continue
+            option, _, options = options.partition(",")
+            if option != "ro":
+                known = "known are ro and description=TEXT"
+                raise UsageError(f"--export {text!r}: there is no option {option!r}; {known}")
+            read_only = True
+        if len(description.encode(errors="surrogateescape")) > MAX_STRING_BYTES:
+            raise UsageError(
+                f"--export {name!r}: the description is longer than {MAX_STRING_BYTES} bytes"
+            )
+        return cls(check_name(name), size, read_only, description)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A place to listen on or to dial: a Unix socket's path, or host and port; or inherited sockets."""
+
+    path: str = ""
+    host: str = ""
+    port: int = DEFAULT_PORT
+    inherited: bool = False
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+
+    def __str__(self) -> str:
+        if self.inherited:
+            return "fd"
+        return f"unix:{self.path}" if self.path else f"tcp://{self._netloc}"
+
+    @property
+    def _netloc(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+    def uri(self, export: str) -> str:
+        """The NBD URI of an export that is served here."""
+        name = quote(export)
+        if self.path:
+            return f"nbd+unix:///{name}?socket={quote(self.path)}"
+        port = "" if self.port == DEFAULT_PORT else f":{self.port}"
+        host = self._netloc.removesuffix(f":{self.port}")
+        return f"nbd://{host}{port}/{name}"
+
+
+_LISTEN_FORMS = "write unix:PATH, tcp://HOST:PORT or fd"
+
+
+def parse_listen(text: str) -> Endpoint:
+    """`unix:PATH`, `tcp://HOST[:PORT]` (IPv6 in brackets) or `fd`."""
+    if text == "fd":
+        return Endpoint(inherited=True)
+    if text.startswith("unix:") and len(text) > len("unix:"):
+        path = text.removeprefix("unix:")
+        if len(os.fsencode(path)) > 107:
+            raise UsageError(f"--listen {text!r}: a Unix socket's path may have at most 107 bytes")
+        return Endpoint(path=path)
+    if text.startswith("tcp://"):
+        try:
+            parts = urlsplit(text)
+            host, port = parts.hostname, parts.port
+        except ValueError:
+            host = None
+        if host and not parts.path.strip("/") and not parts.query:
+            return Endpoint(host=host, port=DEFAULT_PORT if port is None else port)
+    raise UsageError(f"--listen {text!r}: {_LISTEN_FORMS}")
+
+
+def parse_nbd_uri(text: str) -> tuple[Endpoint, str]:
+    """Where to dial and the export's name, of `nbd://HOST[:PORT]/NAME` or `nbd+unix:///NAME?socket=PATH`."""
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        raise UsageError(f"{text!r} is not an NBD URI") from None
+    name = unquote(parts.path.removeprefix("/"))
+    if parts.scheme == "nbd+unix":
+        socket_path = parse_qs(parts.query).get("socket", [""])[0]
+        if socket_path:
+            return Endpoint(path=socket_path), name
+        raise UsageError(f"{text!r} names no socket: write nbd+unix:///NAME?socket=PATH")
+    if parts.scheme == "nbd" and parts.hostname:
+        return Endpoint(host=parts.hostname, port=DEFAULT_PORT if port is None else port), name
+    raise UsageError(
+        f"{text!r} is not an NBD URI: write nbd://HOST/NAME or nbd+unix:///NAME?socket=PATH"
+    )
+
+
+def runtime_directory() -> Path:
+    """Where sockets belong: /run for root, the user's own runtime directory otherwise."""
+    if os.geteuid() == 0:
+        return Path("/run")
+    return Path(os.environ.get("XDG_RUNTIME_DIR") or "/tmp")
+
+
+def default_listen() -> tuple[Endpoint, ...]:
+    return (
+        Endpoint(path=str(runtime_directory() / "nbdram.sock")),
+        Endpoint(host="127.0.0.1"),
+    )
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """All of `nbdram serve`. `memory` is the budget in bytes."""
+
+    exports: tuple[ExportSettings, ...]
+    listen: tuple[Endpoint, ...]
+    memory: int
+    allow_plaintext: bool = False
+
+    def check(self) -> None:
+        """What can be said without opening anything."""
+        seen: set[str] = set()
+        for export in self.exports:
+            if export.name in seen:
+                raise UsageError(
+                    f"there are two exports called {export.name!r}: give each a name of its own"
+                )
+            seen.add(export.name)
+        for endpoint in self.listen:
+            if endpoint.host and not endpoint.is_loopback and not self.allow_plaintext:
+                raise UsageError(
+                    f"{endpoint} can be reached by others and would be served without encryption: "
+                    "listen on a Unix socket or loopback, or allow it with --allow-plaintext"
+                )
+        if self.memory < 1 << 20:
+            raise UsageError("--memory must be at least 1M")

@@ -1,0 +1,18 @@
+"""The few exceptions of our own; everything else inside is OSError with an errno.
+
+NbdramError            one sentence for the user; the command ends with exit code 1
++-- UsageError         the command line or the configuration is wrong; exit code 2
++-- ProtocolError      a peer broke the protocol beyond repair; its connection is closed
+"""
+
+
+class NbdramError(Exception):
+    """Something went wrong; its text is one clear sentence that says what to do."""
+
+
+class UsageError(NbdramError):
+    """What was asked for makes no sense; nothing was started."""
+
+
+class ProtocolError(NbdramError):
+    """The peer at the other end does not speak NBD as it should."""

@@ -1,0 +1,1 @@
+"""Sparse devices in RAM. Knows nothing of NBD, sockets or cookies."""

@@ -1,0 +1,44 @@
+"""How much memory this process may use: what the kernel has, and what control groups allow."""
+
+from pathlib import Path
+
+_NO_LIMIT = 1 << 60  # cgroup v1 writes "no limit" as a number about this large
+
+
+def default_budget(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Half of the smallest of MemAvailable and the limits of all control groups above us, in bytes."""
+    return min([_mem_available(proc), *cgroup_limits(proc, cgroups)]) // 2
+
+
+def cgroup_limits(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """The memory limits, in bytes, of this process's control group and its ancestors, v1 and v2."""
+    limits = []
+    for line in (proc / "self/cgroup").read_text().splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            mounts, name = [cgroups, cgroups / "unified"], "memory.max"
+        elif "memory" in controllers.split(","):
+            mounts, name = [cgroups / "memory"], "memory.limit_in_bytes"
+        else:
+            continue
+        relative = Path(group.lstrip("/"))
+        for mount in mounts:
+            for ancestor in (relative, *relative.parents):
+                limit = _number(mount / ancestor / name)
+                if limit is not None and limit < _NO_LIMIT:
+                    limits.append(limit)
+    return limits
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no such level, or "max"
+        return None
+
+
+def _mem_available(proc: Path) -> int:
+    for line in (proc / "meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/meminfo has no MemAvailable")

@@ -1,0 +1,281 @@
+"""The commands that the hot loop leaves: checked here, begun here, finished as coroutines if they are long.
+
+Work comes in steps (an iterator of the device that does about a tenth of a millisecond at a time). What is
+small is done at once; the rest goes on in a task that lets others run after every half millisecond.
+"""
+
+import asyncio
+import errno
+import mmap
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+from nbdram.memory.device import HOLE, Extent
+from nbdram.protocol import wire
+from nbdram.protocol.handshake import ReplyMode
+from nbdram.protocol.wire import Command, CommandFlag
+
+if TYPE_CHECKING:
+    from nbdram.server.connection import Buffer, Connection
+
+_SLICE_S: Final = 0.0005
+_STEPS_AT_ONCE: Final = 2
+# READs with holes in them of up to this much are answered inline.
+_INLINE_READ_BYTES: Final = 256 * 1024
+# Extents of one BLOCK_STATUS reply; the client asks again for the rest, as the specification has it.
+MAX_EXTENTS: Final = 16384
+# An effect length and the ids of at most 128 contexts.
+MAX_STATUS_PAYLOAD: Final = 8 + 4 * wire.MAX_CONTEXTS
+
+# Zeros for READs of holes by clients without chunks. Anonymous memory that is only read costs nothing.
+_ZEROS = memoryview(
+    mmap.mmap(-1, wire.MAX_PAYLOAD_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+).toreadonly()
+
+_FLAGS_OF = {
+    Command.READ: CommandFlag.FUA | CommandFlag.DF,
+    Command.WRITE: CommandFlag.FUA,
+    Command.DISC: CommandFlag.FUA,
+    Command.FLUSH: CommandFlag.FUA,
+    Command.TRIM: CommandFlag.FUA,
+    Command.CACHE: CommandFlag.FUA,
+    Command.WRITE_ZEROES: CommandFlag.FUA | CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO,
+    Command.BLOCK_STATUS: CommandFlag.FUA | CommandFlag.REQ_ONE,
+}
+_CHANGES = frozenset((Command.WRITE, Command.TRIM, Command.WRITE_ZEROES))
+_GROWS = frozenset((Command.WRITE, Command.WRITE_ZEROES))
+_NO_RANGE = frozenset((Command.FLUSH, Command.DISC))
+
+Refusal = tuple[int, str]  # errno, a sentence for the client
+
+
+def refusal(
+    connection: "Connection", flags: int, command: int, offset: int, length: int
+) -> Refusal | None:
+    """Why a request can't be served, or None."""
+    allowed = _FLAGS_OF.get(command)  # type: ignore[call-overload]
+    if allowed is None:
+        return errno.EINVAL, f"there is no command {command}"
+    mode = connection.replies.mode
+    if mode is ReplyMode.EXTENDED and command in (Command.WRITE, Command.BLOCK_STATUS):
+        allowed |= CommandFlag.PAYLOAD_LEN
+        if command == Command.WRITE and not flags & CommandFlag.PAYLOAD_LEN:
+            return errno.EINVAL, "with extended headers a WRITE must set PAYLOAD_LEN"
+    if mode is ReplyMode.SIMPLE:
+        allowed &= ~CommandFlag.DF
+    if flags & ~int(allowed):
+        return errno.EINVAL, "this command does not take these flags"
+    if command in _NO_RANGE:
+        return None
+    if command in _CHANGES and connection.export.read_only:
+        return errno.EPERM, "this export is read-only"
+    if command == Command.BLOCK_STATUS:
+        if not connection.contexts:
+            return errno.EINVAL, "no meta context was negotiated"
+        if flags & CommandFlag.PAYLOAD_LEN:
+            return None  # the range is in the payload
+        if length == 0:
+            return errno.EINVAL, "BLOCK_STATUS of no bytes"
+    elif command in (Command.READ, Command.WRITE) and length > wire.MAX_PAYLOAD_BYTES:
+        return errno.EINVAL, f"more than {wire.MAX_PAYLOAD_BYTES} bytes in one request"
+    if offset + length > connection.device.size:
+        return (errno.ENOSPC if command in _GROWS else errno.EINVAL), "past the end of the export"
+    return None
+
+
+def begin(
+    connection: "Connection",
+    out: "list[Buffer]",
+    flags: int,
+    command: int,
+    cookie: int,
+    offset: int,
+    length: int,
+) -> None:
+    """Serve a request that was not refused and has no payload: at once into `out`, or as a task."""
+    device = connection.device
+    end = offset + length
+    match command:
+        case Command.READ:
+            connection.count_read(length)
+            if length == 0:
+                out.append(connection.replies.none(cookie, offset))
+            elif length <= _INLINE_READ_BYTES and not (length > 4096 and flags):
+                _read_now(connection, out, flags, cookie, offset, end)
+            else:
+                connection.spawn(_read(connection, flags, cookie, offset, end))
+        case Command.TRIM:
+            _in_steps(connection, out, cookie, offset, device.trim(offset, end))
+        case Command.WRITE_ZEROES:
+            keep = bool(flags & CommandFlag.NO_HOLE)
+            if keep and flags & CommandFlag.FAST_ZERO:
+                message = "zeros that stay allocated are not faster than a WRITE"
+                connection.refuse(out, cookie, offset, errno.ENOTSUP, message)
+                return
+            steps = device.zero(offset, end, keep_allocated=keep)
+            _in_steps(connection, out, cookie, offset, steps)
+        case Command.BLOCK_STATUS:
+            contexts = tuple(connection.contexts)
+            connection.spawn(_block_status(connection, flags, cookie, offset, end, contexts))
+        case _:  # FLUSH: what was acknowledged is in RAM already. CACHE: so is all the rest.
+            out.append(connection.replies.done(cookie, offset))
+
+
+def block_status_with_payload(
+    connection: "Connection", out: "list[Buffer]", flags: int, cookie: int, offset: int, body: bytes
+) -> None:
+    """BLOCK_STATUS with PAYLOAD_LEN: the effect length and the contexts asked for are in the payload."""
+    effect = int.from_bytes(body[:8], "big")
+    ids = tuple(int.from_bytes(body[at : at + 4], "big") for at in range(8, len(body), 4))
+    if len(body) < 8 or len(body) % 4 or not set(ids) <= connection.contexts.keys():
+        message = "the payload is not a length and ids of negotiated contexts"
+    elif effect == 0 or offset + effect > connection.device.size:
+        message = "past the end of the export"
+    else:
+        end = offset + effect
+        connection.spawn(_block_status(connection, flags, cookie, offset, end, ids))
+        return
+    connection.refuse(out, cookie, offset, errno.EINVAL, message)
+
+
+# -- steps ---------------------------------------------------------------------------------------------
+
+
+def _in_steps(
+    connection: "Connection", out: "list[Buffer]", cookie: int, offset: int, steps: Iterator[None]
+) -> None:
+    try:
+        for done, _ in enumerate(steps, 1):
+            if done == _STEPS_AT_ONCE:
+                connection.spawn(_finish_steps(connection, cookie, offset, steps))
+                return
+    except OSError as error:
+        connection.refuse(out, cookie, offset, *_reason(error))
+    else:
+        out.append(connection.replies.done(cookie, offset))
+
+
+async def _finish_steps(
+    connection: "Connection", cookie: int, offset: int, steps: Iterator[None]
+) -> None:
+    out: list[Buffer] = []
+    pause = _Pause()
+    try:
+        for _ in steps:
+            await pause()
+    except OSError as error:
+        connection.refuse(out, cookie, offset, *_reason(error))
+    else:
+        out.append(connection.replies.done(cookie, offset))
+    connection.send(out)
+
+
+class _Pause:
+    """Lets others run when this task has held the loop for a slice of time."""
+
+    def __init__(self) -> None:
+        self._until = time.perf_counter() + _SLICE_S
+
+    def due(self) -> bool:
+        return time.perf_counter() >= self._until
+
+    async def __call__(self) -> None:
+        if self.due():
+            await asyncio.sleep(0)
+            self._until = time.perf_counter() + _SLICE_S
+
+
+def _reason(error: OSError) -> Refusal:
+    return error.errno or errno.EIO, error.strerror or "input/output error"
+
+
+# -- READ ----------------------------------------------------------------------------------------------
+
+
+def _in_one_piece(connection: "Connection", flags: int) -> bool:
+    return connection.replies.mode is ReplyMode.SIMPLE or bool(flags & CommandFlag.DF)
+
+
+def _piece(
+    connection: "Connection", cookie: int, offset: int, extent: Extent, last: bool
+) -> "list[Buffer]":
+    """One chunk of a READ's reply."""
+    start, end, tier = extent
+    replies = connection.replies
+    if tier == HOLE:
+        return [replies.hole(cookie, offset, start, end - start, last=last)]
+    head = replies.data(cookie, offset, end - start, start, last=last)
+    return [head, connection.device.hot_view[start:end]]
+
+
+def _read_now(
+    connection: "Connection", out: "list[Buffer]", flags: int, cookie: int, offset: int, end: int
+) -> None:
+    device = connection.device
+    if _in_one_piece(connection, flags):
+        out.append(connection.replies.data(cookie, offset, end - offset, offset, last=True))
+        for start, stop, tier in device.pieces(offset, end):
+            out.append(device.hot_view[start:stop] if tier else _ZEROS[: stop - start])
+        return
+    for extent in device.pieces(offset, end):
+        out += _piece(connection, cookie, offset, extent, extent[1] == end)
+
+
+async def _read(connection: "Connection", flags: int, cookie: int, offset: int, end: int) -> None:
+    """A large READ with holes in it. Views of `hot` never outlive a slice: others may punch meanwhile."""
+    pause = _Pause()
+    device = connection.device
+    out: list[Buffer] = []
+    if _in_one_piece(connection, flags):
+        out.append(connection.replies.data(cookie, offset, end - offset, offset, last=True))
+        for start, stop, tier in device.pieces(offset, end):
+            out.append(bytes(device.hot_view[start:stop]) if tier else _ZEROS[: stop - start])
+            await pause()
+        connection.send(out)
+        return
+    for extent in device.pieces(offset, end):
+        out += _piece(connection, cookie, offset, extent, extent[1] == end)
+        if pause.due():
+            connection.send(out)
+            out = []
+            await connection.drained()
+            await pause()
+    connection.send(out)
+
+
+# -- BLOCK_STATUS --------------------------------------------------------------------------------------
+
+
+async def _block_status(
+    connection: "Connection",
+    flags: int,
+    cookie: int,
+    offset: int,
+    end: int,
+    contexts: tuple[int, ...],
+) -> None:
+    """One chunk per context, from one walk over the index."""
+    limit = 1 if flags & CommandFlag.REQ_ONE else MAX_EXTENTS
+    pause = _Pause()
+    runs: list[list[int]] = []  # [length, tier], neighbours differ
+    for start, stop, tier in connection.device.extents(offset, end):
+        if runs and runs[-1][1] == tier:
+            runs[-1][0] += stop - start
+        elif len(runs) == limit:
+            break
+        else:
+            runs.append([stop - start, tier])
+        await pause()
+    longest = 0xFFFFFFFF if connection.replies.mode is ReplyMode.STRUCTURED else 1 << 63
+    out: list[Buffer] = []
+    for context in contexts:
+        flags_of = _allocation if context == wire.CONTEXT_IDS[wire.BASE_ALLOCATION] else int
+        extents = [(min(length, longest), flags_of(tier)) for length, tier in runs]
+        last = context == contexts[-1]
+        out.append(connection.replies.block_status(cookie, offset, context, extents, last=last))
+    connection.send(out)
+
+
+def _allocation(tier: int) -> int:
+    return wire.STATE_HOLE | wire.STATE_ZERO if tier == HOLE else 0

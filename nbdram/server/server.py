@@ -1,0 +1,133 @@
+"""The life of a server: open, announce, serve, drain, close."""
+
+import asyncio
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+from contextlib import suppress
+from typing import Final
+
+from nbdram.config import Endpoint, ServeSettings
+from nbdram.memory.budget import Budget
+from nbdram.server.connection import Connection, Service
+from nbdram.server.exports import Exports
+from nbdram.server.listeners import open_listeners, unlink_if_ours
+
+log = logging.getLogger("nbdram.server")
+
+DRAIN_TIMEOUT_S: Final = 5.0
+_BACKLOG: Final = 512
+
+
+class Server:
+    """Serves exports on endpoints until it is told to stop."""
+
+    def __init__(self, settings: ServeSettings) -> None:
+        self.settings = settings
+        self.exports = Exports(Budget(settings.memory))
+        self.service = Service(self.exports)
+        self.endpoints: list[Endpoint] = []
+        self._servers: list[asyncio.AbstractServer] = []
+        self._socket_files: list[tuple[str, int]] = []
+
+    async def start(self) -> None:
+        """Make the exports and listen; on any error nothing is left behind."""
+        try:
+            for export in self.settings.exports:
+                self.exports.create(
+                    export.name,
+                    export.size,
+                    read_only=export.read_only,
+                    description=export.description,
+                )
+            for endpoint in self.settings.listen:
+                await self._listen(endpoint)
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _listen(self, endpoint: Endpoint) -> None:
+        loop = asyncio.get_running_loop()
+        for sock in open_listeners(endpoint):
+            if sock.family == socket.AF_UNIX:
+                path = sock.getsockname()
+                if endpoint.path:
+                    self._socket_files.append((path, os.lstat(path).st_ino))
+                self.endpoints.append(Endpoint(path=path))
+                self._servers.append(
+                    await loop.create_unix_server(self._connect, sock=sock, backlog=_BACKLOG)
+                )
+            else:
+                host, port = sock.getsockname()[:2]
+                self.endpoints.append(Endpoint(host=host, port=port))
+                self._servers.append(
+                    await loop.create_server(self._connect, sock=sock, backlog=_BACKLOG)
+                )
+
+    def _connect(self) -> Connection:
+        return Connection(self.service)
+
+    async def stop(self) -> None:
+        """No new connections; requests in flight are answered (bounded in time); memory is given back."""
+        for server in self._servers:
+            server.close()
+        for path, inode in self._socket_files:
+            unlink_if_ours(path, inode)
+        for connection in list(self.service.connections):
+            connection.close_when_idle()
+        deadline = asyncio.get_running_loop().time() + DRAIN_TIMEOUT_S
+        while self.service.connections and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.01)
+        for connection in list(self.service.connections):
+            connection.abort()
+        await asyncio.sleep(0)
+        with suppress(
+            BufferError
+        ):  # a view that a dying connection still holds goes with the process
+            self.exports.close()
+
+
+async def serve(settings: ServeSettings) -> None:
+    """`nbdram serve`: until SIGTERM or SIGINT."""
+    _raise_file_limit()
+    server = Server(settings)
+    await server.start()
+    stopping = asyncio.Event()
+    _on_signals(stopping)
+    announce(server)
+    await stopping.wait()
+    log.info("stopping")
+    await server.stop()
+
+
+def _on_signals(stopping: asyncio.Event) -> None:
+    """The first signal drains, a second one ends the process at once."""
+
+    def told() -> None:
+        if stopping.is_set():
+            os._exit(1)
+        stopping.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told)
+
+
+def _raise_file_limit() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def announce(server: Server) -> None:
+    """Print, ready to paste, each export's URI and the command that attaches it."""
+    for export in server.exports:
+        for endpoint in server.endpoints:
+            print(endpoint.uri(export.name))
+            where = (
+                f"-unix {endpoint.path}" if endpoint.path else f"{endpoint.host} {endpoint.port}"
+            )
+            print(f"    nbd-client {where} /dev/nbd0 -N {export.name}")
+    sys.stdout.flush()
