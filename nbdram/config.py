@@ -22,9 +22,7 @@ def parse_size(text: str) -> int:
     """Bytes of `64M`, `16G`, `1TiB`: powers of 1024."""
     match = _SIZE.fullmatch(text.strip())
     if not match:
-        raise UsageError(
-            f"{text!r} is not a size: write a whole number and K, M, G or T, as in 16G"
-        )
+        raise UsageError(f"{text!r} is not a size: write a whole number and K, M, G or T, as in 16G")
     return int(match[1]) << _UNITS[match[2].upper()]
 
 
@@ -67,9 +65,7 @@ class ExportSettings:
         except UsageError as error:
             raise UsageError(f"--export {text!r}: {error}") from None
         if size == 0 or size % PAGE:
-            raise UsageError(
-                f"--export {text!r}: the size must be a multiple of {PAGE} bytes, above 0"
-            )
+            raise UsageError(f"--export {text!r}: the size must be a multiple of {PAGE} bytes, above 0")
         if size > MAX_DEVICE_BYTES:
             limit = format_size(MAX_DEVICE_BYTES)
             raise UsageError(f"--export {text!r}: an export can have at most {limit}")
@@ -84,9 +80,7 @@ class ExportSettings:
                 raise UsageError(f"--export {text!r}: there is no option {option!r}; {known}")
             read_only = True
         if len(description.encode(errors="surrogateescape")) > MAX_STRING_BYTES:
-            raise UsageError(
-                f"--export {name!r}: the description is longer than {MAX_STRING_BYTES} bytes"
-            )
+            raise UsageError(f"--export {name!r}: the description is longer than {MAX_STRING_BYTES} bytes")
         return cls(check_name(name), size, read_only, description)
 
 
@@ -161,9 +155,7 @@ def parse_nbd_uri(text: str) -> tuple[Endpoint, str]:
         raise UsageError(f"{text!r} names no socket: write nbd+unix:///NAME?socket=PATH")
     if parts.scheme == "nbd" and parts.hostname:
         return Endpoint(host=parts.hostname, port=DEFAULT_PORT if port is None else port), name
-    raise UsageError(
-        f"{text!r} is not an NBD URI: write nbd://HOST/NAME or nbd+unix:///NAME?socket=PATH"
-    )
+    raise UsageError(f"{text!r} is not an NBD URI: write nbd://HOST/NAME or nbd+unix:///NAME?socket=PATH")
 
 
 def runtime_directory() -> Path:
@@ -194,9 +186,7 @@ class ServeSettings:
         seen: set[str] = set()
         for export in self.exports:
             if export.name in seen:
-                raise UsageError(
-                    f"there are two exports called {export.name!r}: give each a name of its own"
-                )
+                raise UsageError(f"there are two exports called {export.name!r}: give each a name of its own")
             seen.add(export.name)
         for endpoint in self.listen:
             if endpoint.host and not endpoint.is_loopback and not self.allow_plaintext:

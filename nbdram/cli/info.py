@@ -12,9 +12,7 @@ from nbdram.protocol.wire import TransmissionFlag
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser("info", help="show what an export offers")
-    parser.add_argument(
-        "uri", metavar="URI", help="nbd://HOST/NAME or nbd+unix:///NAME?socket=PATH"
-    )
+    parser.add_argument("uri", metavar="URI", help="nbd://HOST/NAME or nbd+unix:///NAME?socket=PATH")
     parser.add_argument("--json", action="store_true", help="machine-readable output")
     parser.set_defaults(run=run)
 

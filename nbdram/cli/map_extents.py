@@ -11,9 +11,7 @@ from nbdram.protocol.wire import BASE_ALLOCATION, STATE_HOLE
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser("map", help="show which parts of an export are allocated")
-    parser.add_argument(
-        "uri", metavar="URI", help="nbd://HOST/NAME or nbd+unix:///NAME?socket=PATH"
-    )
+    parser.add_argument("uri", metavar="URI", help="nbd://HOST/NAME or nbd+unix:///NAME?socket=PATH")
     parser.add_argument("--json", action="store_true", help="machine-readable output")
     parser.set_defaults(run=run)
 
@@ -23,9 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
     with Session(endpoint) as session:
         export = session.open(name, (BASE_ALLOCATION,))
         if BASE_ALLOCATION not in session.contexts.values():
-            raise NbdramError(
-                f"the server can't tell what is allocated: it has no {BASE_ALLOCATION}"
-            )
+            raise NbdramError(f"the server can't tell what is allocated: it has no {BASE_ALLOCATION}")
         extents = list(session.map_extents(BASE_ALLOCATION, export.size))
         session.disconnect()
     if arguments.json:

@@ -33,9 +33,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="unix:PATH, tcp://HOST:PORT, or fd for sockets handed over by a service manager "
         "(default: nbdram.sock in the runtime directory, and tcp://127.0.0.1:10809)",
     )
-    parser.add_argument(
-        "--memory", metavar="SIZE", help="RAM for all devices (default: half of what is available)"
-    )
+    parser.add_argument("--memory", metavar="SIZE", help="RAM for all devices (default: half of what is available)")
     parser.add_argument(
         "--allow-plaintext",
         action="store_true",

@@ -41,8 +41,7 @@ from nbdram.memory.layout import (
 # One step of a punch: freeing 2 MiB of pages holds the loop for about a tenth of a millisecond.
 _STEP_CLUSTERS = 32
 _RESIDENT_OF = tuple(
-    int.from_bytes(RESIDENT.to_bytes(WORD_BYTES, "little") * count, "little")
-    for count in range(_STEP_CLUSTERS + 1)
+    int.from_bytes(RESIDENT.to_bytes(WORD_BYTES, "little") * count, "little") for count in range(_STEP_CLUSTERS + 1)
 )
 _NO_REFERENCES = bytes(PAGE)
 _FULL_INDEX_PAGE = WHOLE.to_bytes(WORD_BYTES, "little") * WORDS_PER_PAGE
@@ -147,8 +146,7 @@ class Device:
                 whole > 1
                 and not at & (CLUSTER - 1)
                 and self.references[cluster]
-                and self.backing.index[base : base + whole * WORD_BYTES]
-                == _FULL_INDEX_PAGE[: whole * WORD_BYTES]
+                and self.backing.index[base : base + whole * WORD_BYTES] == _FULL_INDEX_PAGE[: whole * WORD_BYTES]
             ):
                 yield at, at + whole * CLUSTER, RESIDENT_TIER
                 at += whole * CLUSTER
@@ -297,9 +295,7 @@ class Device:
             sender.copy_out(start, end)
         at = start
         for page in sorted(incoming.page for incoming in self.incoming):
-            if at <= page < end and not self._has(
-                page
-            ):  # bytes of an unfinished write: not ours to punch
+            if at <= page < end and not self._has(page):  # bytes of an unfinished write: not ours to punch
                 if page > at:
                     self.hot.madvise(mmap.MADV_REMOVE, at, page - at)
                 at = page + PAGE

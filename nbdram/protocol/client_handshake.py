@@ -44,7 +44,7 @@ def greet() -> Steps[None]:
 def list_exports() -> Steps[list[RemoteExport]]:
     """All exports that the server shows, names and descriptions only."""
     yield _option(Option.LIST)
-    exports = []
+    exports: list[RemoteExport] = []
     while True:
         kind, data = yield from _reply(Option.LIST)
         if kind == OptionReply.ACK:
@@ -52,11 +52,7 @@ def list_exports() -> Steps[list[RemoteExport]]:
         if kind == OptionReply.SERVER and len(data) >= 4:
             length = wire.U32.unpack_from(data)[0]
             name, text = data[4 : 4 + length], data[4 + length :]
-            exports.append(
-                RemoteExport(
-                    name.decode("utf-8", "replace"), description=text.decode("utf-8", "replace")
-                )
-            )
+            exports.append(RemoteExport(name.decode("utf-8", "replace"), description=text.decode("utf-8", "replace")))
 
 
 def agree_on_replies(wanted: Sequence[ReplyMode]) -> Steps[ReplyMode]:
@@ -83,7 +79,7 @@ def set_contexts(name: str, contexts: Sequence[str]) -> Steps[dict[int, str]]:
 def list_contexts(name: str) -> Steps[list[str]]:
     """The names of all contexts of an export."""
     yield _option(Option.LIST_META_CONTEXT, _string(name) + wire.U32.pack(0))
-    found = []
+    found: list[str] = []
     while True:
         kind, data = yield from _reply(Option.LIST_META_CONTEXT)
         if kind == OptionReply.ACK:

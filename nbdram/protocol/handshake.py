@@ -236,9 +236,7 @@ class Handshake:
             self._reply(option, OptionReply.ERR_UNKNOWN, "there is no export of this name")
             return None
         flags = self._flags(export)
-        self._reply(
-            option, OptionReply.INFO, wire.INFO_EXPORT.pack(Info.EXPORT, export.size, flags)
-        )
+        self._reply(option, OptionReply.INFO, wire.INFO_EXPORT.pack(Info.EXPORT, export.size, flags))
         if Info.NAME in wanted:
             self._reply(option, OptionReply.INFO, wire.U16.pack(Info.NAME) + export.name.encode())
         if Info.DESCRIPTION in wanted and export.description:

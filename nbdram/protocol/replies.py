@@ -57,9 +57,7 @@ class SimpleReplies:
     def hole(self, cookie: int, offset: int, start: int, length: int, *, last: bool) -> bytes:
         raise AssertionError("a simple reply has no holes")
 
-    def block_status(
-        self, cookie: int, offset: int, context: int, extents: Extents, *, last: bool
-    ) -> bytes:
+    def block_status(self, cookie: int, offset: int, context: int, extents: Extents, *, last: bool) -> bytes:
         raise AssertionError("no context can be negotiated with simple replies")
 
 
@@ -68,9 +66,7 @@ class StructuredReplies:
 
     mode = ReplyMode.STRUCTURED
 
-    def _chunk(
-        self, cookie: int, offset: int, kind: int, body: bytes, last: bool, more: int = 0
-    ) -> bytes:
+    def _chunk(self, cookie: int, offset: int, kind: int, body: bytes, last: bool, more: int = 0) -> bytes:
         """A chunk whose payload is `body` and `more` bytes that the caller sends behind it."""
         flags = REPLY_FLAG_DONE if last else 0
         length = len(body) + more
@@ -95,13 +91,9 @@ class StructuredReplies:
         return self._chunk(cookie, offset, ReplyType.OFFSET_DATA, body, last, length)
 
     def hole(self, cookie: int, offset: int, start: int, length: int, *, last: bool) -> bytes:
-        return self._chunk(
-            cookie, offset, ReplyType.OFFSET_HOLE, wire.HOLE.pack(start, length), last
-        )
+        return self._chunk(cookie, offset, ReplyType.OFFSET_HOLE, wire.HOLE.pack(start, length), last)
 
-    def block_status(
-        self, cookie: int, offset: int, context: int, extents: Extents, *, last: bool
-    ) -> bytes:
+    def block_status(self, cookie: int, offset: int, context: int, extents: Extents, *, last: bool) -> bytes:
         body = wire.U32.pack(context) + _packed(wire.EXTENT, extents)
         return self._chunk(cookie, offset, ReplyType.BLOCK_STATUS, body, last)
 
@@ -114,17 +106,13 @@ class ExtendedReplies(StructuredReplies):
     def done(self, cookie: int, offset: int) -> bytes:
         return self.none(cookie, offset)
 
-    def _chunk(
-        self, cookie: int, offset: int, kind: int, body: bytes, last: bool, more: int = 0
-    ) -> bytes:
+    def _chunk(self, cookie: int, offset: int, kind: int, body: bytes, last: bool, more: int = 0) -> bytes:
         flags = REPLY_FLAG_DONE if last else 0
         length = len(body) + more
         magic = wire.EXTENDED_REPLY_MAGIC
         return wire.EXTENDED_REPLY.pack(magic, flags, kind, cookie, offset, length) + body
 
-    def block_status(
-        self, cookie: int, offset: int, context: int, extents: Extents, *, last: bool
-    ) -> bytes:
+    def block_status(self, cookie: int, offset: int, context: int, extents: Extents, *, last: bool) -> bytes:
         head = wire.EXTENDED_STATUS_HEAD.pack(context, len(extents))
         body = head + _packed(wire.EXTENDED_EXTENT, extents)
         return self._chunk(cookie, offset, ReplyType.BLOCK_STATUS_EXT, body, last)

@@ -29,9 +29,7 @@ MAX_EXTENTS: Final = 16384
 MAX_STATUS_PAYLOAD: Final = 8 + 4 * wire.MAX_CONTEXTS
 
 # Zeros for READs of holes by clients without chunks. Anonymous memory that is only read costs nothing.
-_ZEROS = memoryview(
-    mmap.mmap(-1, wire.MAX_PAYLOAD_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-).toreadonly()
+_ZEROS = memoryview(mmap.mmap(-1, wire.MAX_PAYLOAD_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)).toreadonly()
 
 _FLAGS_OF = {
     Command.READ: CommandFlag.FUA | CommandFlag.DF,
@@ -50,9 +48,7 @@ _NO_RANGE = frozenset((Command.FLUSH, Command.DISC))
 Refusal = tuple[int, str]  # errno, a sentence for the client
 
 
-def refusal(
-    connection: "Connection", flags: int, command: int, offset: int, length: int
-) -> Refusal | None:
+def refusal(connection: "Connection", flags: int, command: int, offset: int, length: int) -> Refusal | None:
     """Why a request can't be served, or None."""
     allowed = _FLAGS_OF.get(command)  # type: ignore[call-overload]
     if allowed is None:
@@ -142,9 +138,7 @@ def block_status_with_payload(
 # -- steps ---------------------------------------------------------------------------------------------
 
 
-def _in_steps(
-    connection: "Connection", out: "list[Buffer]", cookie: int, offset: int, steps: Iterator[None]
-) -> None:
+def _in_steps(connection: "Connection", out: "list[Buffer]", cookie: int, offset: int, steps: Iterator[None]) -> None:
     try:
         for done, _ in enumerate(steps, 1):
             if done == _STEPS_AT_ONCE:
@@ -156,9 +150,7 @@ def _in_steps(
         out.append(connection.replies.done(cookie, offset))
 
 
-async def _finish_steps(
-    connection: "Connection", cookie: int, offset: int, steps: Iterator[None]
-) -> None:
+async def _finish_steps(connection: "Connection", cookie: int, offset: int, steps: Iterator[None]) -> None:
     out: list[Buffer] = []
     pause = _Pause()
     try:
@@ -197,9 +189,7 @@ def _in_one_piece(connection: "Connection", flags: int) -> bool:
     return connection.replies.mode is ReplyMode.SIMPLE or bool(flags & CommandFlag.DF)
 
 
-def _piece(
-    connection: "Connection", cookie: int, offset: int, extent: Extent, last: bool
-) -> "list[Buffer]":
+def _piece(connection: "Connection", cookie: int, offset: int, extent: Extent, last: bool) -> "list[Buffer]":
     """One chunk of a READ's reply."""
     start, end, tier = extent
     replies = connection.replies
@@ -209,9 +199,7 @@ def _piece(
     return [head, connection.device.hot_view[start:end]]
 
 
-def _read_now(
-    connection: "Connection", out: "list[Buffer]", flags: int, cookie: int, offset: int, end: int
-) -> None:
+def _read_now(connection: "Connection", out: "list[Buffer]", flags: int, cookie: int, offset: int, end: int) -> None:
     device = connection.device
     if _in_one_piece(connection, flags):
         out.append(connection.replies.data(cookie, offset, end - offset, offset, last=True))

@@ -282,9 +282,7 @@ class Connection(asyncio.BufferedProtocol):
                     else:
                         resident = False
                 else:
-                    resident = 0 < length <= wire.MAX_PAYLOAD_BYTES and device.is_resident(
-                        offset, stop
-                    )
+                    resident = 0 < length <= wire.MAX_PAYLOAD_BYTES and device.is_resident(offset, stop)
                 if resident:
                     if structured:
                         append(pack_read(0x668E33EF, 1, 1, cookie, length + 8, offset))
@@ -376,12 +374,7 @@ class Connection(asyncio.BufferedProtocol):
             if start + payload > end and payload < DIRECT_BYTES:
                 return -1
             return self._write(start, end, out, cookie, offset, length)
-        if (
-            refusal is None
-            and payload
-            and start + payload > end
-            and payload <= commands.MAX_STATUS_PAYLOAD
-        ):
+        if refusal is None and payload and start + payload > end and payload <= commands.MAX_STATUS_PAYLOAD:
             return -1
         self._count(command)
         if refusal is not None:
@@ -403,9 +396,7 @@ class Connection(asyncio.BufferedProtocol):
         self._skip = start + payload - end
         return end
 
-    def _write(
-        self, start: int, end: int, out: list[Buffer], cookie: int, offset: int, length: int
-    ) -> int:
+    def _write(self, start: int, end: int, out: list[Buffer], cookie: int, offset: int, length: int) -> int:
         """A WRITE to pages that are not resident yet, or too large for the receive buffer."""
         self._count(wire.Command.WRITE)
         arrived = min(length, end - start)
@@ -421,9 +412,7 @@ class Connection(asyncio.BufferedProtocol):
                 self._incoming = incoming
                 self._incoming_reply = self.replies.done(cookie, offset)
         except OSError as error:
-            self.refuse(
-                out, cookie, offset, error.errno or 5, error.strerror or "input/output error"
-            )
+            self.refuse(out, cookie, offset, error.errno or 5, error.strerror or "input/output error")
             return self._after_payload(start, end, length)
         self._service.counters.written_bytes += length
         return start + arrived
@@ -450,9 +439,7 @@ class Connection(asyncio.BufferedProtocol):
     def count_read(self, length: int) -> None:
         self._service.counters.read_bytes += length
 
-    def refuse(
-        self, out: list[Buffer], cookie: int, offset: int, number: int, message: str
-    ) -> None:
+    def refuse(self, out: list[Buffer], cookie: int, offset: int, number: int, message: str) -> None:
         self._service.counters.errors += 1
         out.append(self.replies.error(cookie, offset, number, message))
 

@@ -44,9 +44,7 @@ class Exports:
         self.budget = budget
         self._by_name: dict[str, Export] = {}
 
-    def create(
-        self, name: str, size: int, *, read_only: bool = False, description: str = ""
-    ) -> Export:
+    def create(self, name: str, size: int, *, read_only: bool = False, description: str = "") -> Export:
         """Add an empty export of at most `size` bytes."""
         if name in self._by_name:
             raise UsageError(f"there are two exports called {name!r}: give each a name of its own")

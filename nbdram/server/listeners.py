@@ -29,9 +29,7 @@ def _inherited() -> list[socket.socket]:
         fds = range(_FIRST_INHERITED_FD, _FIRST_INHERITED_FD + int(count))
         return [socket.socket(fileno=fd) for fd in fds]
     except OSError as error:
-        raise NbdramError(
-            f"--listen fd: what was handed over is no socket ({error.strerror})"
-        ) from error
+        raise NbdramError(f"--listen fd: what was handed over is no socket ({error.strerror})") from error
 
 
 def _unix(path: str) -> socket.socket:
@@ -72,9 +70,7 @@ def _clear_stale(path: str) -> None:
 def _tcp(endpoint: Endpoint) -> list[socket.socket]:
     sockets: list[socket.socket] = []
     try:
-        found = socket.getaddrinfo(
-            endpoint.host, endpoint.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        found = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise NbdramError(f"can't listen on {endpoint}: {error.strerror}") from error
     last_error: OSError | None = None
@@ -97,11 +93,7 @@ def _tcp(endpoint: Endpoint) -> list[socket.socket]:
             sock.close()
         raise NbdramError(
             f"can't listen on {endpoint}: {last_error.strerror}"
-            + (
-                "; stop what uses the port or choose another"
-                if last_error.errno == errno.EADDRINUSE
-                else ""
-            )
+            + ("; stop what uses the port or choose another" if last_error.errno == errno.EADDRINUSE else "")
         ) from last_error
     return sockets
 

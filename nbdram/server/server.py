@@ -57,15 +57,11 @@ class Server:
                 if endpoint.path:
                     self._socket_files.append((path, os.lstat(path).st_ino))
                 self.endpoints.append(Endpoint(path=path))
-                self._servers.append(
-                    await loop.create_unix_server(self._connect, sock=sock, backlog=_BACKLOG)
-                )
+                self._servers.append(await loop.create_unix_server(self._connect, sock=sock, backlog=_BACKLOG))
             else:
                 host, port = sock.getsockname()[:2]
                 self.endpoints.append(Endpoint(host=host, port=port))
-                self._servers.append(
-                    await loop.create_server(self._connect, sock=sock, backlog=_BACKLOG)
-                )
+                self._servers.append(await loop.create_server(self._connect, sock=sock, backlog=_BACKLOG))
 
     def _connect(self) -> Connection:
         return Connection(self.service)
@@ -84,9 +80,7 @@ class Server:
         for connection in list(self.service.connections):
             connection.abort()
         await asyncio.sleep(0)
-        with suppress(
-            BufferError
-        ):  # a view that a dying connection still holds goes with the process
+        with suppress(BufferError):  # a view that a dying connection still holds goes with the process
             self.exports.close()
 
 
@@ -126,8 +120,6 @@ def announce(server: Server) -> None:
     for export in server.exports:
         for endpoint in server.endpoints:
             print(endpoint.uri(export.name))
-            where = (
-                f"-unix {endpoint.path}" if endpoint.path else f"{endpoint.host} {endpoint.port}"
-            )
+            where = f"-unix {endpoint.path}" if endpoint.path else f"{endpoint.host} {endpoint.port}"
             print(f"    nbd-client {where} /dev/nbd0 -N {export.name}")
     sys.stdout.flush()
