@@ -1,0 +1,46 @@
+# make demo | test | bench | lint: each sets itself up first (a .venv, and Debian packages).
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+# What `make demo` needs: a kernel with nbd (user-mode Linux, where the host's has none), and its tools.
+DEMO_PACKAGES := python3-venv user-mode-linux nbd-client e2fsprogs iproute2 kmod procps
+# What the tests and benchmarks need besides: real clients and peers.
+TEST_PACKAGES := $(DEMO_PACKAGES) libnbd-bin python3-libnbd qemu-utils fio nbdkit
+
+.PHONY: demo test bench lint clean packages-demo packages-test
+
+demo: packages-demo .venv/ready
+	$(BIN)/python -m bench.demo
+
+# The checks first, because they are quick; then all tests, with coverage of nbdram/.
+test: packages-test .venv/test-ready lint
+	rm -f .coverage .coverage.*
+	$(BIN)/python -m pytest --cov --cov-report= $(PYTEST_ARGS)
+	$(BIN)/coverage report
+
+lint: .venv/test-ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: packages-test .venv/ready
+	$(BIN)/python -m bench $(BENCH_ARGS)
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+.venv/test-ready: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+packages-demo:
+	@deploy/need-packages $(DEMO_PACKAGES)
+
+packages-test:
+	@deploy/need-packages $(TEST_PACKAGES)
+
+clean:
+	rm -rf .venv build *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache
