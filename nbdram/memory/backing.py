@@ -23,6 +23,7 @@ class Backing:
     def __init__(self, name: str, size: int) -> None:
         clusters = round_up(size, CLUSTER) >> CLUSTER_SHIFT
         self.size = size
+        self.clusters = clusters
         self.hot_fd, self.hot = _memory_file(f"nbdram:{name}:hot", clusters * CLUSTER)
         try:
             index_bytes = round_up(clusters * WORD_BYTES, PAGE)

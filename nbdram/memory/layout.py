@@ -6,18 +6,19 @@ The cluster word (64 bits, changed by one aligned store):
 
     bits  0-15  resident   page p is in `hot`
     bits 16-31  dirty      page p in `hot` is newer than the cold image
-    bits 32-63  the cold image (0: there is none)
+    bits 32-48  length     bytes of the cold image (0: there is none; 65536: stored raw)
+    bit  49     slot       which of its two slots in the tier holds it
+    bits 50-51  tier       of the cold image: RAM, DISK
 
-Word 0 is a hole: it reads as zeros and costs nothing.
+Word 0 is a hole: it reads as zeros and costs nothing. A page that is not resident is zero if the cluster has no
+cold image, else it is in the image.
 
-The reference byte of a cluster says whether it has a word at all, so that the index (whose untouched
-pages would be allocated by a mere look at them) is never read for a hole:
-
-    0  hole: the word is 0, do not look
-    1  the cluster has a word, and was not touched since the clock's hand went by
-    2  it was touched
+The reference byte of a cluster says whether it has a word at all, so that the index (whose untouched pages would
+be allocated by a mere look at them) is never read for a hole; and what the clock wants to know of it, so that
+finding victims is a search for a byte value.
 """
 
+from enum import IntEnum
 from typing import Final
 
 PAGE_SHIFT: Final = 12
@@ -32,8 +33,37 @@ RESIDENT: Final = 0xFFFF
 RESIDENT_AND_DIRTY: Final = 0x10001  # times a page mask: both bits of each page
 WHOLE: Final = 0xFFFFFFFF  # every page resident and dirty
 
-UNTOUCHED: Final = 1
-TOUCHED: Final = 2
+DIRTY_SHIFT: Final = 16
+LENGTH_SHIFT: Final = 32
+LENGTH_MASK: Final = 0x1FFFF
+SLOT_SHIFT: Final = 49
+TIER_SHIFT: Final = 50
+TIER_MASK: Final = 3
+
+
+class Tier(IntEnum):
+    """Where a page is; the values of the meta context x-nbdram:tier."""
+
+    HOLE = 0
+    RESIDENT = 1
+    RAM = 2
+    DISK = 3
+
+
+class Reference(IntEnum):
+    """The states of a reference byte. Zero if and only if the word is."""
+
+    HOLE = 0
+    IDLE = 1  # has resident pages, and was not touched since the clock's hand went by
+    TOUCHED = 2
+    STUCK = 3  # idle, but would not compress: left alone until it is touched again
+    COLD = 4  # no page is resident, the image is in RAM
+    COLD_TOUCHED = 5
+    FAR = 6  # no page is resident, the image is on disk
+    FAR_TOUCHED = 7
+
+
+TOUCHED: Final = int(Reference.TOUCHED)
 
 MAX_DEVICE_BYTES: Final = 64 << 40
 
@@ -60,3 +90,16 @@ def page_runs(mask: int) -> list[tuple[int, int]]:
         runs.append((page, page + length))
         page += length
     return runs
+
+
+def cold_word(length: int, slot: int, tier: int) -> int:
+    """The part of a word that describes a cold image."""
+    return length << LENGTH_SHIFT | slot << SLOT_SHIFT | tier << TIER_SHIFT
+
+
+def pages_within(cluster: int, start: int, end: int) -> int:
+    """The mask of the pages of `cluster` that the device bytes [start, end) touch."""
+    base = cluster << CLUSTER_SHIFT
+    first = start - base >> PAGE_SHIFT if start > base else 0
+    last = (end - 1 - base) >> PAGE_SHIFT if end < base + CLUSTER else PAGES_PER_CLUSTER - 1
+    return RESIDENT_MASKS[first << 4 | last]

@@ -70,7 +70,9 @@ class Refused:
 
 @dataclass(frozen=True)
 class UpgradeToTls:
-    """The transport must turn to TLS now, and a new Handshake go on with `secure=True`."""
+    """The transport must turn to TLS now, and a new Handshake go on with `secure=True` and this `no_zeroes`."""
+
+    no_zeroes: bool
 
 
 Outcome = Negotiated | Refused | UpgradeToTls
@@ -83,11 +85,12 @@ class _Invalid(Exception):
 
 @dataclass
 class Handshake:
-    """One client's haggling. `secure` says that the transport is TLS already."""
+    """One client's haggling. `secure` says that the transport is TLS already; its flags were read before."""
 
     catalogue: Catalogue
     tls: TlsPolicy = TlsPolicy.OFF
     secure: bool = False
+    no_zeroes: bool = False
     outcome: Outcome | None = None
     _out: bytearray = field(default_factory=bytearray)
     _in: bytearray = field(default_factory=bytearray)
@@ -136,9 +139,7 @@ class Handshake:
             (client_flags,) = wire.CLIENT_FLAGS.unpack((yield wire.CLIENT_FLAGS.size))
             if client_flags & ~int(offered):
                 return Refused("the client set a handshake flag that does not exist")
-            self._no_zeroes = bool(client_flags & HandshakeFlag.NO_ZEROES)
-        else:
-            self._no_zeroes = True
+            self.no_zeroes = bool(client_flags & HandshakeFlag.NO_ZEROES)
         for _ in range(wire.MAX_OPTIONS):
             header = yield wire.OPTION_HEADER.size
             magic, option, length = wire.OPTION_HEADER.unpack(header)
@@ -204,7 +205,7 @@ class Handshake:
         if self._in:
             return Refused("the client sent plaintext behind STARTTLS")
         self._reply(Option.STARTTLS, OptionReply.ACK)
-        return UpgradeToTls()
+        return UpgradeToTls(self.no_zeroes)
 
     def _export_name(self, data: bytes) -> Outcome:
         if self._mode is ReplyMode.EXTENDED:
@@ -212,8 +213,8 @@ class Handshake:
         export = self.catalogue.find(wire.check_string(data))
         if export is None:
             return Refused("the client asked for an export that does not exist")
-        self._out += wire.EXPORT_NAME_REPLY.pack(export.size, export.flags)
-        if not self._no_zeroes:
+        self._out += wire.EXPORT_NAME_REPLY.pack(export.size, self._flags(export))
+        if not self.no_zeroes:
             self._out += bytes(124)
         return self._negotiated(export)
 
@@ -252,7 +253,9 @@ class Handshake:
         if data:
             raise _Invalid("STRUCTURED_REPLY takes no payload")
         if self._mode is ReplyMode.EXTENDED:
-            raise _Invalid("extended headers are in use, and include structured replies")
+            message = "extended headers are in use, and include structured replies"
+            self._reply(Option.STRUCTURED_REPLY, OptionReply.ERR_EXT_HEADER_REQD, message)
+            return
         self._mode = ReplyMode.STRUCTURED
         self._reply(Option.STRUCTURED_REPLY, OptionReply.ACK)
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
-from nbdram.memory.device import HOLE, Extent
+from nbdram.memory.layout import Tier
 from nbdram.protocol import wire
 from nbdram.protocol.handshake import ReplyMode
 from nbdram.protocol.wire import Command, CommandFlag
@@ -43,6 +43,7 @@ _FLAGS_OF = {
 }
 _CHANGES = frozenset((Command.WRITE, Command.TRIM, Command.WRITE_ZEROES))
 _GROWS = frozenset((Command.WRITE, Command.WRITE_ZEROES))
+PUNCHES = frozenset((Command.TRIM, Command.WRITE_ZEROES))
 _NO_RANGE = frozenset((Command.FLUSH, Command.DISC))
 
 Refusal = tuple[int, str]  # errno, a sentence for the client
@@ -70,6 +71,8 @@ def refusal(connection: "Connection", flags: int, command: int, offset: int, len
         if not connection.contexts:
             return errno.EINVAL, "no meta context was negotiated"
         if flags & CommandFlag.PAYLOAD_LEN:
+            if length > MAX_STATUS_PAYLOAD:
+                return errno.EINVAL, "the payload names too many contexts"
             return None  # the range is in the payload
         if length == 0:
             return errno.EINVAL, "BLOCK_STATUS of no bytes"
@@ -100,7 +103,7 @@ def begin(
             elif length <= _INLINE_READ_BYTES and not (length > 4096 and flags):
                 _read_now(connection, out, flags, cookie, offset, end)
             else:
-                connection.spawn(_read(connection, flags, cookie, offset, end))
+                connection.spawn(_long_read(connection, flags, cookie, offset, end))
         case Command.TRIM:
             _in_steps(connection, out, cookie, offset, device.trim(offset, end))
         case Command.WRITE_ZEROES:
@@ -189,46 +192,67 @@ def _in_one_piece(connection: "Connection", flags: int) -> bool:
     return connection.replies.mode is ReplyMode.SIMPLE or bool(flags & CommandFlag.DF)
 
 
-def _piece(connection: "Connection", cookie: int, offset: int, extent: Extent, last: bool) -> "list[Buffer]":
-    """One chunk of a READ's reply."""
-    start, end, tier = extent
+def _chunks(connection: "Connection", cookie: int, offset: int, start: int, stop: int, end: int) -> "list[Buffer]":
+    """The chunks for the part [start, stop) of a READ that ends at `end`."""
     replies = connection.replies
-    if tier == HOLE:
-        return [replies.hole(cookie, offset, start, end - start, last=last)]
-    head = replies.data(cookie, offset, end - start, start, last=last)
-    return [head, connection.device.hot_view[start:end]]
+    out: list[Buffer] = []
+    for piece, piece_end, buffers in connection.device.gather(start, stop):
+        last = piece_end == end
+        if buffers:
+            out.append(replies.data(cookie, offset, piece_end - piece, piece, last=last))
+            out += buffers
+        else:
+            out.append(replies.hole(cookie, offset, piece, piece_end - piece, last=last))
+    return out
+
+
+def _whole(connection: "Connection", start: int, stop: int) -> "list[Buffer]":
+    """[start, stop) with zeros for its holes."""
+    out: list[Buffer] = []
+    for piece, piece_end, buffers in connection.device.gather(start, stop):
+        out += buffers or [_ZEROS[: piece_end - piece]]
+    return out
 
 
 def _read_now(connection: "Connection", out: "list[Buffer]", flags: int, cookie: int, offset: int, end: int) -> None:
-    device = connection.device
-    if _in_one_piece(connection, flags):
-        out.append(connection.replies.data(cookie, offset, end - offset, offset, last=True))
-        for start, stop, tier in device.pieces(offset, end):
-            out.append(device.hot_view[start:stop] if tier else _ZEROS[: stop - start])
-        return
-    for extent in device.pieces(offset, end):
-        out += _piece(connection, cookie, offset, extent, extent[1] == end)
+    try:
+        if _in_one_piece(connection, flags):
+            content = _whole(connection, offset, end)
+            out.append(connection.replies.data(cookie, offset, end - offset, offset, last=True))
+            out += content
+        else:
+            out += _chunks(connection, cookie, offset, offset, end, end)
+    except OSError as error:
+        connection.refuse(out, cookie, offset, *_reason(error))
+
+
+async def _long_read(connection: "Connection", flags: int, cookie: int, offset: int, end: int) -> None:
+    """One long READ at a time on each connection: what it holds while the socket is full stays bounded."""
+    async with connection.long_read:
+        await connection.drained()
+        await _read(connection, flags, cookie, offset, end)
 
 
 async def _read(connection: "Connection", flags: int, cookie: int, offset: int, end: int) -> None:
-    """A large READ with holes in it. Views of `hot` never outlive a slice: others may punch meanwhile."""
+    """A large READ, a part at a time. Views of `hot` never outlive a part: others may punch meanwhile."""
     pause = _Pause()
-    device = connection.device
     out: list[Buffer] = []
-    if _in_one_piece(connection, flags):
-        out.append(connection.replies.data(cookie, offset, end - offset, offset, last=True))
-        for start, stop, tier in device.pieces(offset, end):
-            out.append(bytes(device.hot_view[start:stop]) if tier else _ZEROS[: stop - start])
-            await pause()
-        connection.send(out)
-        return
-    for extent in device.pieces(offset, end):
-        out += _piece(connection, cookie, offset, extent, extent[1] == end)
-        if pause.due():
-            connection.send(out)
-            out = []
-            await connection.drained()
-            await pause()
+    try:
+        if _in_one_piece(connection, flags):
+            for start in range(offset, end, _INLINE_READ_BYTES):
+                stop = min(end, start + _INLINE_READ_BYTES)
+                out += [bytes(buffer) for buffer in _whole(connection, start, stop)]
+                await pause()
+            out.insert(0, connection.replies.data(cookie, offset, end - offset, offset, last=True))
+        else:
+            for start in range(offset, end, _INLINE_READ_BYTES):
+                stop = min(end, start + _INLINE_READ_BYTES)
+                connection.send(_chunks(connection, cookie, offset, start, stop, end))
+                await connection.drained()
+                await pause()
+    except OSError as error:
+        out = []
+        connection.refuse(out, cookie, offset, *_reason(error))
     connection.send(out)
 
 
@@ -266,4 +290,4 @@ async def _block_status(
 
 
 def _allocation(tier: int) -> int:
-    return wire.STATE_HOLE | wire.STATE_ZERO if tier == HOLE else 0
+    return wire.STATE_HOLE | wire.STATE_ZERO if tier == Tier.HOLE else 0

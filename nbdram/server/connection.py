@@ -17,6 +17,7 @@ uvloop's own writelines was measured at 3.5 us of CPU per 4K READ at queue depth
 """
 
 import asyncio
+import errno
 import logging
 import os
 import socket
@@ -25,7 +26,8 @@ from collections import deque
 from collections.abc import Coroutine
 from typing import Any, Final, Protocol, cast
 
-from nbdram.memory.device import Device, Incoming
+from nbdram.memory.device import Device
+from nbdram.memory.incoming import Incoming
 from nbdram.memory.layout import CLUSTER, CLUSTER_SHIFT, RESIDENT_AND_DIRTY, RESIDENT_MASKS, TOUCHED
 from nbdram.protocol import wire
 from nbdram.protocol.handshake import (
@@ -42,6 +44,8 @@ log = logging.getLogger("nbdram.connection")
 
 HANDSHAKE_TIMEOUT_S: Final = 10.0
 MAX_TASKS: Final = 128
+# A WRITE waits at most this long for memory: below the 30 s after which clients are usually told to give up.
+WRITE_WAIT_S: Final = 20.0
 
 # A WRITE of at least this much is received straight into `hot`; below, one recv of many requests wins.
 DIRECT_BYTES: Final = 64 * 1024
@@ -73,6 +77,7 @@ class Counters:
         self.written_bytes = 0
         self.errors = 0
         self.handshake_failures = 0
+        self.write_waits = 0
 
 
 class Service:
@@ -83,6 +88,7 @@ class Service:
         self.connections: set[Connection] = set()
         self.counters = Counters()
         self.last_served: Connection | None = None
+        self.write_wait_s = WRITE_WAIT_S
         self.receive_buffer = bytearray(RECEIVE_BYTES)
         self.receive_view = memoryview(self.receive_buffer)
 
@@ -128,11 +134,16 @@ class Connection(asyncio.BufferedProtocol):
         self._incoming: Incoming | None = None
         self._incoming_reply = b""
         self._skip = 0  # bytes of a refused payload that are still to come
+        self._skip_reply: Buffer = b""  # the refusal, held back until then
         # sending
         self._unsent: deque[Buffer] = deque()
         self._drained: list[asyncio.Future[None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self.long_read = asyncio.Lock()
         self._stalled = False
+        self._starved = False  # a WRITE waits for memory
+        self._starving_since = 0.0
+        self._hunger: asyncio.TimerHandle | None = None
         self._closing = False  # by DISC, or because the server stops
         self._ended = False  # the client has closed its sending side
         self._lost = False
@@ -272,6 +283,8 @@ class Connection(asyncio.BufferedProtocol):
         if self._skip:
             at = min(self._skip, end)
             self._skip -= at
+            if not self._skip:
+                append(self._skip_reply)
         self._window = RECEIVE_BYTES
 
         while end - at >= header_bytes:
@@ -284,12 +297,17 @@ class Connection(asyncio.BufferedProtocol):
                 within = offset & 0xFFFF
                 if 0 < length <= CLUSTER - within:
                     cluster = offset >> CLUSTER_SHIFT
+                    resident = False
                     if references[cluster]:
                         mask = masks[within >> 12 << 4 | (within + length - 1) >> 12]
-                        resident = words[cluster] & mask == mask
-                        references[cluster] = TOUCHED
-                    else:
-                        resident = False
+                        if words[cluster] & mask == mask:
+                            references[cluster] = TOUCHED
+                            resident = True
+                        elif self._read_cold(out, cluster, cookie, offset, stop):
+                            at += header_bytes
+                            if self._stalled:
+                                break
+                            continue
                 else:
                     resident = 0 < length <= wire.MAX_PAYLOAD_BYTES and device.is_resident(offset, stop)
                 if resident:
@@ -361,6 +379,24 @@ class Connection(asyncio.BufferedProtocol):
                 time.sleep(min(reads * _DOZE_PER_READ_S, _DOZE_MAX_S))
         service.last_served = self
 
+    def _read_cold(self, out: list[Buffer], cluster: int, cookie: int, offset: int, stop: int) -> bool:
+        """Answer a READ within one cluster, none of it resident, from its image in RAM; False: another case."""
+        try:
+            content = self.device.read_cold(cluster, offset, stop)
+        except OSError as error:
+            self.refuse(out, cookie, offset, error.errno or 5, error.strerror or "input/output error")
+            return True
+        if content is None:
+            return False
+        out.append(self.replies.data(cookie, offset, stop - offset, offset, last=True))
+        out += content
+        self._count(wire.Command.READ)
+        self.count_read(stop - offset)
+        if len(out) >= _MAX_BUFFERS:
+            self._send(out)
+            out.clear()
+        return True
+
     # -- off the hot loop ----------------------------------------------------------------------------
 
     def _uncommon(
@@ -399,19 +435,24 @@ class Connection(asyncio.BufferedProtocol):
             body = bytes(self._view[start : start + payload])
             commands.block_status_with_payload(self, out, flags, cookie, offset, body)
         else:
+            if out and command in commands.PUNCHES:  # views of pages that go must be in the socket, or in `_unsent`
+                self._send(out)
+                out.clear()
             commands.begin(self, out, flags, command, cookie, offset, length)
-        return self._after_payload(start, end, payload)
+        return self._after_payload(start, end, out, payload)
 
-    def _after_payload(self, start: int, end: int, payload: int) -> int:
-        """Pass over a payload nobody needs, also the part of it that has not come yet."""
+    def _after_payload(self, start: int, end: int, out: list[Buffer], payload: int) -> int:
+        """Pass over a payload nobody needs. If some of it is still to come, so is its refusal, the last of `out`:
+        libnbd gives a connection up that answers a WRITE before all of it was sent.
+        """
         if start + payload <= end:
             return start + payload
         self._skip = start + payload - end
+        self._skip_reply = out.pop()
         return end
 
     def _write(self, start: int, end: int, out: list[Buffer], cookie: int, offset: int, length: int) -> int:
         """A WRITE to pages that are not resident yet, or too large for the receive buffer."""
-        self._count(wire.Command.WRITE)
         arrived = min(length, end - start)
         try:
             if arrived == length:
@@ -425,10 +466,41 @@ class Connection(asyncio.BufferedProtocol):
                 self._incoming = incoming
                 self._incoming_reply = self.replies.done(cookie, offset)
         except OSError as error:
+            if error.errno == errno.ENOSPC and self._wait_for_memory():
+                return -1
+            self._count(wire.Command.WRITE)
             self.refuse(out, cookie, offset, error.errno or 5, error.strerror or "input/output error")
-            return self._after_payload(start, end, length)
+            return self._after_payload(start, end, out, length)
+        self._starving_since = 0.0
+        self._count(wire.Command.WRITE)
         self._service.counters.written_bytes += length
         return start + arrived
+
+    def _wait_for_memory(self) -> bool:
+        """Stall until memory is free, and try the WRITE again; False when there is no hope, or it took too long."""
+        budget, now = self.device.budget, self._loop.time()
+        if not self._starving_since:
+            self._starving_since = now
+        left = self._starving_since + self._service.write_wait_s - now
+        if not budget.hopeful or left <= 0:
+            self._starving_since = 0.0
+            return False
+        self._service.counters.write_waits += 1
+        self._starved = True
+        self._stall()
+        budget.waiting.append(self._memory_freed)
+        self._hunger = self._loop.call_later(left, self._try_again)
+        return True
+
+    def _memory_freed(self) -> None:
+        self._loop.call_soon(self._try_again)  # not in the middle of what has just freed it
+
+    def _try_again(self) -> None:
+        if self._starved and not self._lost:
+            self._starved = False
+            if self._hunger:
+                self._hunger.cancel()
+            self._resume()
 
     def _payload_received(self, length: int) -> None:
         incoming = self._incoming
@@ -505,7 +577,7 @@ class Connection(asyncio.BufferedProtocol):
             self._unsent.extend(buffers)
             return
         try:
-            sent = os.writev(self._fd, buffers)
+            sent = os.writev(self._fd, buffers if len(buffers) <= _MAX_BUFFERS else buffers[:_MAX_BUFFERS])
         except BlockingIOError:
             sent = 0
         except OSError:
@@ -572,7 +644,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _resume(self) -> None:
         """Go on with what was held back, if nothing stands in the way any more."""
-        if self._stalled and not self._unsent and len(self._tasks) < MAX_TASKS:
+        if self._stalled and not (self._unsent or self._starved) and len(self._tasks) < MAX_TASKS:
             self._stalled = False
             held, self._held = self._held, b""
             if held and self._incoming is None and not self._closing:

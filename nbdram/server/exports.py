@@ -66,6 +66,9 @@ class Exports:
     def listed(self) -> Iterable[ExportInfo]:
         return [export.info() for export in self]
 
+    def devices(self) -> list[Device]:
+        return [export.device for export in self]
+
     def __iter__(self) -> Iterator[Export]:
         return iter(self._by_name.values())
 

@@ -13,6 +13,7 @@ from typing import Final
 
 from nbdram.config import Endpoint, ServeSettings
 from nbdram.memory.budget import Budget
+from nbdram.memory.reclaim import Reclaimer
 from nbdram.server.connection import Connection, Service
 from nbdram.server.exports import Exports
 from nbdram.server.listeners import open_listeners, unlink_if_ours
@@ -29,7 +30,9 @@ class Server:
 
     def __init__(self, settings: ServeSettings) -> None:
         self.settings = settings
-        self.exports = Exports(Budget(settings.memory))
+        budget = Budget(settings.memory)
+        self.exports = Exports(budget)
+        self.reclaimer = Reclaimer(budget, self.exports.devices)
         self.service = Service(self.exports)
         self.endpoints: list[Endpoint] = []
         self._servers: list[asyncio.AbstractServer] = []
@@ -45,6 +48,7 @@ class Server:
                     read_only=export.read_only,
                     description=export.description,
                 )
+            self.reclaimer.start()
             for endpoint in self.settings.listen:
                 await self._listen(endpoint)
         except BaseException:
@@ -82,6 +86,7 @@ class Server:
         for connection in list(self.service.connections):
             connection.abort()
         await asyncio.sleep(0)
+        await self.reclaimer.stop()
         with suppress(BufferError):  # a view that a dying connection still holds goes with the process
             self.exports.close()
 

@@ -22,6 +22,7 @@ import os
 import secrets
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -86,6 +87,15 @@ sleep 60
 """
 
 
+# For scripts that something outside is to look at while they wait: `pause NAME`; see `pauses`.
+PAUSE: Final = """
+pause() {
+    echo "@pause $1"
+    until [ -e "$SHARE/pause.$1" ]; do sleep 0.05; done
+}
+"""
+
+
 class GuestError(Exception):
     """The harness can't run here, or what it started did not get ready, or ended without a status."""
 
@@ -139,6 +149,8 @@ class Guest:
         Raises GuestError unless the kernel gets to the end of the script, and off, in time.
         """
         token = secrets.token_hex(16)
+        for seen in self.share.glob("pause.*"):
+            seen.unlink()
         (self.share / "init").write_text(_INIT)
         (self.share / "script").write_text(script)
         console = self.directory / "console"
@@ -160,7 +172,7 @@ class Guest:
         return [
             *("unshare", "--pid", "--fork", "--kill-child=KILL", "--"),
             *("sh", "-c", 'linux.uml "$@"; exit $?', "sh"),
-            *(f"mem={self.memory}", f"uml_dir={self.directory}", "umid=uml", "quiet"),
+            *(f"mem={self.memory}", f"uml_dir={self.directory}", "quiet"),
             *("root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro"),
             *("con=null", "con0=null,fd:2", "con1=null,fd:1"),
             "vec0:transport=tap,ifname=tap0,depth=64,gro=1",
@@ -183,18 +195,20 @@ class _Output:
         return "\n".join(self._lines)
 
     def read(self, process: "subprocess.Popen[bytes]", deadline: float) -> bool:
-        """Read until the process ends; False if it had not by the deadline (a monotonic time)."""
+        """Read until the process ends; False if it has not by the deadline (a monotonic time)."""
         assert process.stdout is not None
         poll = select.poll()
         poll.register(process.stdout, select.POLLIN)
-        while (left := deadline - time.monotonic()) > 0 and poll.poll(left * 1000):
+        ended = False
+        while not ended and (left := deadline - time.monotonic()) > 0 and poll.poll(left * 1000):
             data = os.read(process.stdout.fileno(), 1 << 16)
-            if not data:
-                return True
+            ended = not data
             *lines, self._rest = (self._rest + data).split(b"\n")
             for line in lines:
                 self._take(line.decode(errors="replace"))
-        return False
+        if self._rest:
+            self._take(self._rest.decode(errors="replace"))
+        return ended
 
     def _take(self, line: str) -> None:
         if line.startswith(self._token):
@@ -245,11 +259,24 @@ class Server:
 
     def allocated_bytes(self, export: str) -> int:
         """RAM that a device holds by the host kernel's own account: the blocks of its memory files."""
-        total = 0
+        blocks = {}  # by inode: a map of a file keeps a duplicate of its descriptor
         for descriptor in Path(f"/proc/{self._process.pid}/fd").iterdir():
             if os.readlink(descriptor).startswith(f"/memfd:nbdram:{export}:"):
-                total += descriptor.stat().st_blocks * 512
-        return total
+                status = descriptor.stat()
+                blocks[status.st_ino] = status.st_blocks
+        return sum(blocks.values()) * 512
+
+
+def pauses(share: Path, look: Callable[[str], None]) -> Callable[[str], None]:
+    """An `on_line` for a script that starts with `PAUSE`: calls `look(NAME)` at each `pause NAME`, then goes on."""
+
+    def on_line(line: str) -> None:
+        if line.startswith("@pause "):
+            name = line.removeprefix("@pause ")
+            look(name)
+            (share / f"pause.{name}").touch()
+
+    return on_line
 
 
 def require_tools(tools: Mapping[str, str]) -> None:
@@ -298,15 +325,16 @@ def spawned(
 
 
 def end(process: "subprocess.Popen[bytes]", grace_s: float) -> int:
-    """SIGTERM, then SIGKILL after `grace_s` (0: at once). Returns the exit status as Popen counts it."""
+    """SIGTERM to its process group, then SIGKILL after `grace_s` (0: at once). Returns the exit status."""
     try:
-        if grace_s > 0:
-            process.terminate()
+        if process.poll() is None and grace_s > 0:
+            os.killpg(process.pid, signal.SIGTERM)
             process.wait(grace_s)
     except subprocess.TimeoutExpired:
         pass
     finally:
-        process.kill()  # does nothing to a process that has been waited for
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     return process.wait()
 
 

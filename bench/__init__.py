@@ -1,0 +1,1 @@
+"""Side-by-side measurements against other NBD servers: `python -m bench --help`."""

@@ -1,0 +1,73 @@
+"""`python -m bench [serving|scale]`: measure, print tables, keep the raw figures if asked to."""
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Final, NoReturn
+
+from bench import host, report, scale, serving
+from bench.errors import BenchError
+from bench.options import Found, Options
+from bench.servers import PEERS
+
+SECTIONS: Final[Mapping[str, Callable[[Options], Found]]] = {
+    "serving": serving.run,
+    "scale": scale.run,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parsed = _parser().parse_args(arguments)
+    options = Options(parsed.rounds, parsed.seconds, parsed.only, parsed.peers)
+    signal.signal(signal.SIGTERM, _terminated)
+    host.raise_file_limit()
+    try:
+        facts = host.facts([serving.OURS, *options.peers])
+        print(report.heading(facts), end="\n\n", flush=True)
+        found = SECTIONS[parsed.section](options)
+        if parsed.json:
+            content = {"host": facts, "section": parsed.section, "found": found}
+            parsed.json.write_text(json.dumps(content, indent=1) + "\n")
+    except BenchError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("section", nargs="?", choices=SECTIONS, default="serving")
+    parser.add_argument("--rounds", type=_positive, default=5, help="of every job (default 5)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of one job (default 2)")
+    parser.add_argument("--only", metavar="PATTERN", default="", help="jobs or parts that match")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    peers = ",".join(PEERS)
+    parser.add_argument("--peers", type=_peers, default=tuple(PEERS), help=f"default: {peers}")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def _peers(text: str) -> tuple[str, ...]:
+    names = tuple(name for name in text.split(",") if name)
+    if unknown := set(names) - set(PEERS):
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(sorted(unknown))}")
+    return names
+
+
+def _terminated(*_: object) -> NoReturn:
+    """SIGTERM unwinds like an error, so that every server is ended."""
+    sys.exit(143)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

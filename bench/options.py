@@ -1,0 +1,14 @@
+"""What the command line asks of a section, and what the section returns."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+Found = Mapping[str, object]  # the figures of a section, ready for JSON
+
+
+@dataclass(frozen=True)
+class Options:
+    rounds: int
+    seconds: float
+    only: str  # a regular expression: names of jobs (serving) or parts (scale)
+    peers: tuple[str, ...]

@@ -1,0 +1,63 @@
+"""The clock: picks victims in address order with a second chance; moves nothing.
+
+Its only input are the reference bytes, so a pass over idle memory is a search for a byte value. Holes are
+skipped through the index file's own holes. On a real ext4 trace this was as good as LRU and better than SIEVE
+and S3-FIFO: the client's page cache has already absorbed the re-use that those feed on.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+from nbdram.memory.layout import Reference
+
+if TYPE_CHECKING:
+    from nbdram.memory.device import Device
+
+# How many clusters a hand looks at in one go: some tens of microseconds.
+_SLICE: Final = 1 << 16
+
+_AGED = bytes.maketrans(
+    bytes((Reference.TOUCHED, Reference.COLD_TOUCHED, Reference.FAR_TOUCHED)),
+    bytes((Reference.IDLE, Reference.COLD, Reference.FAR)),
+)
+
+Victim = tuple["Device", int]  # a device and one of its clusters
+
+
+class Clock:
+    """One hand over all devices, that stops at clusters whose reference byte is `wanted`.
+
+    Clusters that it passes lose their second chance (touched becomes idle) if it `ages`.
+    """
+
+    def __init__(self, wanted: Reference, *, ages: bool) -> None:
+        self._wanted = bytes((wanted,))
+        self._ages = ages
+        self._device = 0
+        self._cluster = 0
+
+    def take(self, devices: Sequence["Device"], count: int) -> tuple[list[Victim], bool]:
+        """Up to `count` victims from one slice, and whether the hand came round to the first device."""
+        if self._device >= len(devices):
+            self._device, self._cluster = 0, 0
+            return [], True
+        device = devices[self._device]
+        span = device.next_span(self._cluster, _SLICE)
+        if span is None:
+            self._device, self._cluster = self._device + 1, 0
+            return [], False
+        start, after = span
+        references = device.references
+        found: list[Victim] = []
+        at = start
+        while len(found) < count:
+            at = references.find(self._wanted, at, after)
+            if at < 0:
+                break
+            found.append((device, at))
+            at += 1
+        stop = after if at < 0 else at
+        if self._ages:
+            references[start:stop] = references[start:stop].translate(_AGED)
+        self._cluster = stop
+        return found, False

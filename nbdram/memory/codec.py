@@ -1,0 +1,98 @@
+"""Cold images: a cluster as lz4 blocks behind a header of their lengths and checksums.
+
+Four blocks of 16 KiB by default, so that a fault of one page decompresses 16 KiB and not 64; one block of 64 KiB
+for exports that want density. A block that does not compress is stored as it is, a block of zeros not at all.
+
+    header: per block a length (0: zeros; block size: stored raw), then per block a checksum
+            (the low 32 bits of its XXH3), all 32-bit little-endian
+    blocks: back to back
+"""
+
+import errno
+from struct import Struct
+from typing import Final
+
+import lz4.block
+import xxhash
+
+from nbdram.memory.layout import CLUSTER
+
+# Above this, an image saves too little to be worth its decompression: the cluster stays as it is.
+INCOMPRESSIBLE_BYTES: Final = CLUSTER * 7 // 8
+# lz4 makes at most this of a block of zeros; only such blocks are compared with zeros.
+_ZERO_BLOCK_BYTES: Final = 300
+
+_compress = lz4.block.compress
+_decompress = lz4.block.decompress
+_checksum = xxhash.xxh3_64_intdigest
+
+
+class IntegrityError(OSError):
+    """A cold image is not what was stored. Its errno is EIO."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(errno.EIO, what)
+
+
+class Codec:
+    """Encodes clusters to images and back. `block_bytes` divides the cluster size."""
+
+    def __init__(self, block_bytes: int = 16 * 1024) -> None:
+        self.block_bytes = block_bytes
+        self._blocks = CLUSTER // block_bytes
+        self._header = Struct(f"<{2 * self._blocks}I")
+        self._zeros = bytes(block_bytes)
+
+    def encode(self, cluster: memoryview) -> list[bytes] | None:
+        """The parts of the image of CLUSTER bytes, for one gathering write; None if all is zeros.
+
+        The image is as long as its parts together; over INCOMPRESSIBLE_BYTES it should not be used.
+        """
+        size = self.block_bytes
+        lengths, sums = [], []
+        parts = [b""]
+        for at in range(0, CLUSTER, size):
+            block = cluster[at : at + size]
+            packed = _compress(block, store_size=False)
+            if len(packed) < _ZERO_BLOCK_BYTES and bytes(block) == self._zeros:
+                lengths.append(0)
+                sums.append(0)
+                continue
+            if len(packed) >= size:
+                packed = bytes(block)
+            lengths.append(len(packed))
+            sums.append(_checksum(packed) & 0xFFFFFFFF)
+            parts.append(packed)
+        if len(parts) == 1:
+            return None
+        parts[0] = self._header.pack(*lengths, *sums)
+        return parts
+
+    def decode(self, image: memoryview | bytes, start: int, end: int) -> list[memoryview | bytes]:
+        """Bytes [start, end) of the cluster, in pieces; IntegrityError if they are not what was stored."""
+        fields = self._header.unpack_from(image)
+        count, size = self._blocks, self.block_bytes
+        first, last = start // size, (end - 1) // size
+        at = self._header.size + sum(fields[:first])
+        pieces: list[memoryview | bytes] = []
+        for number in range(first, last + 1):
+            length = fields[number]
+            block = self._block(image[at : at + length], length, fields[count + number])
+            at += length
+            base = number * size
+            low, high = max(start - base, 0), min(end - base, size)
+            pieces.append(block if high - low == size else memoryview(block)[low:high])
+        return pieces
+
+    def _block(self, packed: memoryview | bytes, length: int, checksum: int) -> memoryview | bytes:
+        if not length:
+            return self._zeros
+        if len(packed) != length or _checksum(packed) & 0xFFFFFFFF != checksum:
+            raise IntegrityError("the checksum of a cold image does not match")
+        if length == self.block_bytes:
+            return packed
+        try:
+            block: bytes = _decompress(packed, uncompressed_size=self.block_bytes)
+        except lz4.block.LZ4BlockError as error:
+            raise IntegrityError("a cold image can't be decompressed") from error
+        return block

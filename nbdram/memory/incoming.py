@@ -1,0 +1,63 @@
+"""A large WRITE whose payload is received straight into `hot`, in pieces."""
+
+from typing import TYPE_CHECKING
+
+from nbdram.memory.layout import CLUSTER_SHIFT, PAGE
+
+if TYPE_CHECKING:
+    from nbdram.memory.device import Device
+
+
+class Incoming:
+    """The bytes [offset, end) of a device, on their way.
+
+    The budget for its missing pages is claimed at the start (ENOSPC there harms nothing). Bits are set page by page
+    as bytes arrive, so if the connection dies, every page is either the old one or a new one. Reclaim leaves its
+    clusters alone.
+    """
+
+    def __init__(self, device: "Device", offset: int, end: int) -> None:
+        device.fault_edges(offset, end)
+        self._claimed = device.missing_pages(offset, end)
+        device.budget.take(self._claimed)
+        self._device = device
+        self._at = offset
+        self._end = end
+        self._marked = offset
+        device.incoming.add(self)
+
+    @property
+    def page(self) -> int:
+        """The offset of the page that is being received into."""
+        return self._at & ~(PAGE - 1)
+
+    def covers(self, cluster: int) -> bool:
+        return self._marked >> CLUSTER_SHIFT <= cluster <= (self._end - 1) >> CLUSTER_SHIFT
+
+    def view(self) -> memoryview:
+        """Where the rest of the payload belongs."""
+        return self._device.hot_view[self._at : self._end]
+
+    def received(self, length: int) -> bool:
+        """`length` more bytes are in place; True when that was all."""
+        self._at += length
+        done = self._at == self._end
+        arrived = self._at if done else self.page
+        if arrived > self._marked:
+            self._claimed -= self._device.mark_written(self._marked, arrived)
+            self._marked = arrived
+        if done:
+            self._finish()
+        return done
+
+    def abandon(self) -> None:
+        """The rest will never come: keep what arrived in whole pages, leave no stray bytes."""
+        page = self.page
+        self._finish()
+        if self._at > self._marked:
+            self._device.release_unmarked(page)
+
+    def _finish(self) -> None:
+        self._device.incoming.discard(self)
+        self._device.budget.give(self._claimed)
+        self._claimed = 0

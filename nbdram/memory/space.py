@@ -1,0 +1,351 @@
+"""The address space of one device: what is where, how it is given back, and the rules of both.
+
+Invariants, which the hot loop of `server/connection.py` keeps too:
+
+1. A page is served from `hot` only if its resident bit is set. Holes are never read through a map:
+   a read fault on a shared memory file would allocate a page.
+2. A cluster's reference byte is non-zero if and only if its word is.
+3. A write's bytes are in `hot` before its bits are in the word, and only then is it acknowledged. A page whose bit
+   is clear is zero in `hot` (not allocated), but for the one page that each write in progress is being received
+   into (`Incoming`).
+4. The dirty bit is set with the resident bit whenever `hot` differs from the cold image.
+5. The cold image that the word points at is never overwritten in place: a new image goes to the other slot, then
+   the word changes in one store, then the old slot is dropped. Fault order: bytes to `hot`, then the word.
+6. Giving back goes the other way: first the word, then the memory; both in one step of the event loop, so that no
+   write comes in between.
+7. Memory that waits to be sent is not punched: every sender that could not send all of its views at once is in
+   `senders`, and is told to copy what it still needs before a punch.
+"""
+
+import errno
+import mmap
+import os
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final, Protocol
+
+from nbdram.memory.backing import Backing
+from nbdram.memory.budget import Budget
+from nbdram.memory.layout import (
+    CLUSTER,
+    CLUSTER_SHIFT,
+    LENGTH_MASK,
+    LENGTH_SHIFT,
+    PAGE,
+    PAGE_SHIFT,
+    RESIDENT,
+    SLOT_SHIFT,
+    TIER_MASK,
+    TIER_SHIFT,
+    WHOLE,
+    WORD_BYTES,
+    WORDS_PER_PAGE,
+    Reference,
+    Tier,
+    cold_word,
+    page_runs,
+    pages_within,
+)
+from nbdram.memory.tiers.ram import RamTier, image_pages
+
+if TYPE_CHECKING:
+    from nbdram.memory.incoming import Incoming
+
+# One step of a punch: freeing 2 MiB of pages holds the loop for about a tenth of a millisecond.
+_STEP_CLUSTERS: Final = 32
+_RESIDENT_OF: Final = tuple(
+    int.from_bytes(RESIDENT.to_bytes(WORD_BYTES, "little") * count, "little") for count in range(_STEP_CLUSTERS + 1)
+)
+_NO_REFERENCES: Final = bytes(PAGE)
+_FULL_INDEX_PAGE: Final = WHOLE.to_bytes(WORD_BYTES, "little") * WORDS_PER_PAGE
+_touched_runs = re.compile(rb"[^\0]+").finditer
+
+Extent = tuple[int, int, int]  # start, end (bytes of the device), tier
+
+
+class Sender(Protocol):
+    """Somebody who holds views of `hot` that a socket has not taken yet."""
+
+    def copy_out(self, start: int, end: int) -> None:
+        """Replace all views of device bytes [start, end) by copies."""
+
+
+class Space:
+    """The maps of one device of at most `size` bytes, and what they hold."""
+
+    def __init__(self, name: str, size: int, budget: Budget) -> None:
+        self.name = name
+        self.size = size
+        self.budget = budget
+        self.backing = Backing(name, size)
+        self.ram = RamTier(name, self.backing.clusters)
+        self.hot = self.backing.hot
+        self.hot_view = memoryview(self.hot)
+        self.words = memoryview(self.backing.index).cast("Q")
+        self.references = self.backing.references
+        self.resident_pages = 0
+        self.cold_pages = 0  # of images in RAM
+        self.index_pages = 0
+        self.senders: set[Sender] = set()
+        self.incoming: set[Incoming] = set()
+        self.reclaiming: set[int] = set()  # clusters that a worker compresses just now
+
+    def close(self) -> None:
+        """Give all memory back; nobody may hold a view of `hot` any more."""
+        self.hot_view.release()
+        self.words.release()
+        self.backing.close()
+        self.ram.close()
+        self.budget.give(self.resident_pages + self.cold_pages + self.index_pages)
+        self.resident_pages = self.cold_pages = self.index_pages = 0
+
+    def word(self, cluster: int) -> int:
+        return self.words[cluster] if self.references[cluster] else 0
+
+    # -- what is where -----------------------------------------------------------------------------
+
+    def extents(self, offset: int, end: int) -> Iterator[Extent]:
+        """[offset, end) cut at page boundaries, in order, neighbours not merged, in small steps.
+
+        Holes of any size are one step, found through the index file's own holes.
+        """
+        at = offset
+        for first, last in self._touched(offset >> CLUSTER_SHIFT, (end - 1) >> CLUSTER_SHIFT):
+            start = max(offset, first << CLUSTER_SHIFT)
+            stop = min(end, (last + 1) << CLUSTER_SHIFT)
+            if start > at:
+                yield at, start, int(Tier.HOLE)
+            yield from self._extents_of_run(start, stop)
+            at = stop
+        if end > at:
+            yield at, end, int(Tier.HOLE)
+
+    def _extents_of_run(self, start: int, stop: int) -> Iterator[Extent]:
+        """Extents of touched clusters that lie within one page of the index."""
+        at = start
+        while at < stop:
+            cluster = at >> CLUSTER_SHIFT
+            first = cluster * WORD_BYTES
+            whole = (stop >> CLUSTER_SHIFT) - cluster
+            length = whole * WORD_BYTES
+            if (
+                whole > 1
+                and not at & (CLUSTER - 1)
+                and self.references[cluster]
+                and self.backing.index[first : first + length] == _FULL_INDEX_PAGE[:length]
+            ):
+                yield at, at + whole * CLUSTER, int(Tier.RESIDENT)
+                at += whole * CLUSTER
+                continue
+            base = cluster << CLUSTER_SHIFT
+            cluster_end = min(stop, base + CLUSTER)
+            # The word is read anew: another request may have changed it while the caller let others run.
+            for piece, piece_end, tier in tiers_of(self.word(cluster), at - base, cluster_end - base):
+                yield base + piece, base + piece_end, tier
+            at = cluster_end
+
+    def _touched(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Runs of clusters of [first, last] that have a word, none across a page of the index."""
+        cluster = first
+        while cluster <= last:
+            found = self.next_word(cluster)
+            if found is None or found > last:
+                return
+            cluster = max(cluster, found)
+            after = min((cluster | (WORDS_PER_PAGE - 1)) + 1, last + 1)
+            for run in _touched_runs(self.references[cluster:after]):
+                yield cluster + run.start(), cluster + run.end() - 1
+            cluster = after
+
+    def next_word(self, cluster: int) -> int | None:
+        """The first cluster from `cluster` on that the index may have a word for."""
+        try:
+            found = os.lseek(self.backing.index_fd, cluster * WORD_BYTES, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # no data from here to the end of the file
+                return None
+            raise
+        return max(cluster, found // WORD_BYTES)
+
+    def next_span(self, cluster: int, most: int) -> tuple[int, int] | None:
+        """The next clusters [first, after) from `cluster` on that the index may have words for."""
+        first = self.next_word(cluster)
+        if first is None or first >= self.backing.clusters:
+            return None
+        hole = os.lseek(self.backing.index_fd, first * WORD_BYTES, os.SEEK_HOLE) // WORD_BYTES
+        return first, min(hole, first + most, self.backing.clusters)
+
+    # -- punching ----------------------------------------------------------------------------------
+
+    def punch(self, start: int, end: int) -> Iterator[None]:
+        """Make the pages of [start, end), which are page bounds, holes; costs O(clusters touched).
+
+        Works in steps, which the caller iterates. Where a cluster is punched in part and its other pages are only
+        in the cold image, the pages become zeros instead, which may raise ENOSPC.
+        """
+        if start >= end:
+            return
+        for first, last in self._touched(start >> CLUSTER_SHIFT, (end - 1) >> CLUSTER_SHIFT):
+            for step in range(first, last + 1, _STEP_CLUSTERS):
+                after = min(step + _STEP_CLUSTERS, last + 1)
+                if step << CLUSTER_SHIFT < start:
+                    self._punch_pages(step, start, end)
+                    step += 1
+                if after > step and after << CLUSTER_SHIFT > end:
+                    after -= 1
+                    self._punch_pages(after, start, end)
+                if after > step:
+                    self._punch_clusters(step, after)
+                yield
+
+    def _punch_clusters(self, first: int, after: int) -> None:
+        """Make whole clusters of one index page holes."""
+        if not any(self.references[first:after]):  # another request was faster
+            return
+        index = self.backing.index
+        at, stop = first * WORD_BYTES, after * WORD_BYTES
+        words = index[at:stop]
+        index[at:stop] = bytes(stop - at)
+        self.references[first:after] = bytes(after - first)
+        bits = int.from_bytes(words, "little")
+        resident = bits & _RESIDENT_OF[after - first]
+        if resident:
+            self.release(first << CLUSTER_SHIFT, after << CLUSTER_SHIFT, resident.bit_count())
+        if bits >> LENGTH_SHIFT:
+            for number, word in enumerate(memoryview(words).cast("Q"), first):
+                self.drop_image(number, word)
+        self._drop_metadata(first)
+
+    def _punch_pages(self, cluster: int, start: int, end: int) -> None:
+        """Punch the pages of [start, end) that lie in one cluster, but are not all of it."""
+        word = self.word(cluster)
+        if not word:
+            return
+        mask = pages_within(cluster, start, end)
+        base = cluster << CLUSTER_SHIFT
+        start, end = max(start, base), min(end, base + CLUSTER)
+        others = RESIDENT & ~mask
+        if word >> LENGTH_SHIFT and word & others != others:
+            self.write(start, bytes(end - start))
+            return
+        left = word & others
+        if not left:
+            self.clear(cluster)
+            return
+        self.words[cluster] = left | left << 16
+        self.references[cluster] = Reference.TOUCHED
+        self.release(start, end, (word & mask).bit_count())
+        self.drop_image(cluster, word)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Store `data`."""
+        raise NotImplementedError
+
+    # -- giving back -------------------------------------------------------------------------------
+
+    def clear(self, cluster: int) -> None:
+        """Make a cluster a hole."""
+        word = self.words[cluster]
+        self.words[cluster] = 0
+        self.references[cluster] = 0
+        base = cluster << CLUSTER_SHIFT
+        if word & RESIDENT:
+            self.release(base, base + CLUSTER, (word & RESIDENT).bit_count())
+        self.drop_image(cluster, word)
+        self._drop_metadata(cluster)
+
+    def drop_image(self, cluster: int, word: int) -> None:
+        """Give back the cold image that `word`, which is not the cluster's any more, points at."""
+        length = word >> LENGTH_SHIFT & LENGTH_MASK
+        if length:
+            self.ram.drop(cluster, word >> SLOT_SHIFT & 1, length)
+            pages = image_pages(length)
+            self.cold_pages -= pages
+            self.budget.give(pages)
+
+    def drop_resident(self, cluster: int) -> None:
+        """Let a cluster whose image has everything live from it."""
+        word = self.words[cluster]
+        self.words[cluster] = word & ~WHOLE
+        self.references[cluster] = Reference.COLD
+        base = cluster << CLUSTER_SHIFT
+        self.release(base, base + CLUSTER, (word & RESIDENT).bit_count())
+
+    def take_image(self, cluster: int, slot: int, length: int) -> None:
+        """The image in `slot` of the RAM tier is the cluster now."""
+        old = self.words[cluster]
+        self.words[cluster] = cold_word(length, slot, Tier.RAM)
+        self.references[cluster] = Reference.COLD
+        pages = image_pages(length)
+        self.cold_pages += pages
+        self.budget.free_pages -= pages
+        base = cluster << CLUSTER_SHIFT
+        self.release(base, base + CLUSTER, (old & RESIDENT).bit_count())
+        self.drop_image(cluster, old)
+
+    def release(self, start: int, end: int, pages: int) -> None:
+        """Give `hot` pages back to the kernel, `pages` of which were resident: the only place that does."""
+        for sender in self.senders:
+            sender.copy_out(start, end)
+        at = start
+        for page in sorted(incoming.page for incoming in self.incoming):
+            # Bytes of an unfinished write are not ours to punch.
+            if at <= page < end and not self._has(page):
+                if page > at:
+                    self.hot.madvise(mmap.MADV_REMOVE, at, page - at)
+                at = page + PAGE
+        if at < end:
+            self.hot.madvise(mmap.MADV_REMOVE, at, end - at)
+        self.resident_pages -= pages
+        self.budget.give(pages)
+
+    def release_stray(self, cluster: int) -> None:
+        """Punch what a worker's look at pages that went away meanwhile has made the kernel allocate."""
+        base = cluster << CLUSTER_SHIFT
+        for first, after in page_runs(~self.word(cluster) & RESIDENT):
+            self.release(base + first * PAGE, base + after * PAGE, 0)
+
+    def _has(self, page_offset: int) -> bool:
+        return bool(self.word(page_offset >> CLUSTER_SHIFT) >> (page_offset >> PAGE_SHIFT & 15) & 1)
+
+    def release_unmarked(self, page_offset: int) -> None:
+        """Punch a page that an abandoned write had begun to fill, unless it is somebody's by now."""
+        if not self._has(page_offset):
+            self.release(page_offset, page_offset + PAGE, 0)
+
+    def count_index_page(self, cluster: int) -> None:
+        """A cluster gets its first word: its index page may be new."""
+        base = cluster & ~(WORDS_PER_PAGE - 1)
+        if self.references[base : base + WORDS_PER_PAGE] == _NO_REFERENCES[:WORDS_PER_PAGE]:
+            self.index_pages += 1
+            self.budget.free_pages -= 1
+
+    def _drop_metadata(self, cluster: int) -> None:
+        """Give back the index page, and the references page, around a hole if they are empty."""
+        base = cluster & ~(WORDS_PER_PAGE - 1)
+        if self.references[base : base + WORDS_PER_PAGE] != _NO_REFERENCES[:WORDS_PER_PAGE]:
+            return
+        self.backing.index.madvise(mmap.MADV_REMOVE, base * WORD_BYTES, PAGE)
+        self.index_pages -= 1
+        self.budget.give(1)
+        base = cluster & ~(PAGE - 1)
+        if self.references[base : base + PAGE] == _NO_REFERENCES:
+            self.references.madvise(mmap.MADV_DONTNEED, base, PAGE)
+
+
+def tiers_of(word: int, start: int, stop: int) -> list[Extent]:
+    """Bytes [start, stop) of a cluster as neighbouring (start, end, tier)."""
+    behind = word >> TIER_SHIFT & TIER_MASK
+    found = []
+    at = start
+    for first, after in page_runs(word & RESIDENT):
+        run_start, run_end = max(start, first * PAGE), min(stop, after * PAGE)
+        if run_start >= run_end:
+            continue
+        if run_start > at:
+            found.append((at, run_start, behind))
+        found.append((run_start, run_end, int(Tier.RESIDENT)))
+        at = run_end
+    if at < stop:
+        found.append((at, stop, behind))
+    return found

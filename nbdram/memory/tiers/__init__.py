@@ -1,0 +1,1 @@
+"""Where cold images live. Every tier has the same few methods (see `ram.RamTier`)."""

@@ -1,0 +1,68 @@
+"""The first tier: compressed images in a sparse memory file with two slots per cluster.
+
+An image is written to the slot that the cluster's word does not point at, so the old one stays valid until the
+word has changed. The file is read through maps of windows of it, made when they are first needed: a map of
+all of it would take twice the address space of the device.
+"""
+
+import mmap
+import os
+from typing import Final
+
+from nbdram.memory.layout import CLUSTER, PAGE, round_up
+
+_WINDOW_SHIFT: Final = 38  # 256 GiB
+
+
+def image_pages(length: int) -> int:
+    """The pages that an image of `length` bytes takes."""
+    return -(-length // PAGE)
+
+
+class RamTier:
+    """The cold images of one device."""
+
+    def __init__(self, name: str, clusters: int) -> None:
+        self._size = 2 * clusters * CLUSTER
+        self.fd = os.memfd_create(f"nbdram:{name}:cold"[:249], os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, self._size)
+        self._windows: dict[int, tuple[mmap.mmap, memoryview]] = {}
+
+    def close(self) -> None:
+        for area, view in self._windows.values():
+            view.release()
+            area.close()
+        os.close(self.fd)
+
+    def store(self, cluster: int, slot: int, image: list[bytes]) -> None:
+        """Write an image into a free slot. May be called from any thread."""
+        os.pwritev(self.fd, image, _offset(cluster, slot))
+
+    def load(self, cluster: int, slot: int, length: int) -> memoryview:
+        """A view of an image; valid until the slot is dropped."""
+        at = _offset(cluster, slot)
+        base = at & ((1 << _WINDOW_SHIFT) - 1)
+        return self._window(at)[1][base : base + length]
+
+    def drop(self, cluster: int, slot: int, length: int) -> None:
+        """Give the pages of a slot back."""
+        at = _offset(cluster, slot)
+        base = at & ((1 << _WINDOW_SHIFT) - 1)
+        self._window(at)[0].madvise(mmap.MADV_REMOVE, base, round_up(length, PAGE))
+
+    def allocated_bytes(self) -> int:
+        return os.fstat(self.fd).st_blocks * 512
+
+    def _window(self, at: int) -> tuple[mmap.mmap, memoryview]:
+        window = self._windows.get(at >> _WINDOW_SHIFT)
+        if window is None:
+            start = at >> _WINDOW_SHIFT << _WINDOW_SHIFT
+            length = min(1 << _WINDOW_SHIFT, self._size - start)
+            area = mmap.mmap(self.fd, length, offset=start)
+            area.madvise(mmap.MADV_NOHUGEPAGE)
+            window = self._windows[at >> _WINDOW_SHIFT] = (area, memoryview(area))
+        return window
+
+
+def _offset(cluster: int, slot: int) -> int:
+    return (2 * cluster + slot) * CLUSTER
