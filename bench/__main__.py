@@ -21,7 +21,13 @@ SECTIONS: Final[Mapping[str, Callable[[Options], Found]]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
-    options = Options(parsed.rounds, parsed.seconds, parsed.only, parsed.peers)
+    options = Options(
+        rounds=parsed.rounds,
+        seconds=parsed.seconds,
+        only=parsed.only,
+        peers=parsed.peers,
+        patience=parsed.patience,
+    )
     signal.signal(signal.SIGTERM, _terminated)
     host.raise_file_limit()
     try:
@@ -48,6 +54,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     peers = ",".join(PEERS)
     parser.add_argument("--peers", type=_peers, default=tuple(PEERS), help=f"default: {peers}")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long to wait, in all, for a machine that is busy with other things (default 60)",
+    )
     return parser
 
 

@@ -107,11 +107,12 @@ class Journal:
 
     started: float = field(default_factory=time.monotonic)
     step: str = "starting"
-    remark: str = ""
+    remarks: list[str] = field(default_factory=list)  # what the tools of this step printed
     written_bytes: int = 0
 
     def say(self, step: str) -> None:
         self.step = step
+        self.remarks = []
         print(f"{time.monotonic() - self.started:5.1f} s  {step}", flush=True)
 
     def take(self, line: str) -> None:
@@ -121,7 +122,7 @@ class Journal:
         elif kind == "@written":
             self.written_bytes = int(rest)
         elif kind != "@pause" and line.strip():
-            self.remark = line.strip()
+            self.remarks.append(line.strip())
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,8 @@ def demonstrate() -> None:
 
         settings = {"EXPORT": EXPORT, "SIZE": SIZE_BYTES, "TREES": " ".join(str(t)[1:] for t in files.trees)}
         if kernel.run(exports(settings) + STEPS, on_line) != 0:
-            raise DemoError(f"{journal.step}: {journal.remark}")
+            why = "" if kernel.server.is_running() else f"the server has ended; {kernel.server.log()}"
+            raise DemoError(f"{journal.step}: {why or '; '.join(journal.remarks)}")
         journal.say("detached; all checksums were right")
     show(files, journal.written_bytes, ram)
     if not ram["trimmed"] < ram["full"]:
@@ -200,7 +202,8 @@ def show(files: Files, written_bytes: int, ram: dict[str, int]) -> None:
     ]
     print()
     for name, size, remark in rows:
-        print(f"  {name:34}{size / (1 << 20):12,.1f} MiB  {remark}".rstrip())
+        unit, shift = ("TiB", 40) if size >= 1 << 40 else ("MiB", 20)
+        print(f"  {name:34}{size / (1 << shift):8,.1f} {unit}  {remark}".rstrip())
 
 
 def choose_files() -> Files:

@@ -12,3 +12,4 @@ class Options:
     seconds: float
     only: str  # a regular expression: names of jobs (serving) or parts (scale)
     peers: tuple[str, ...]
+    patience: float  # seconds to wait, in all, for other processes to leave the machine alone

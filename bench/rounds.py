@@ -14,10 +14,11 @@ from typing import Final
 from bench import fio, proc
 from bench.errors import BenchError
 from bench.fio import Job
+from bench.options import Options
 from bench.servers import Server
 
-_DISTURBED_CORES: Final = 0.15
-_RETRIES: Final = 3
+_DISTURBED_CORES: Final = 0.15  # others' work, from which on a sample is taken again
+_GLANCE_S: Final = 0.5
 
 
 @dataclass(frozen=True)
@@ -42,29 +43,44 @@ def cpu(sample: Sample) -> float:
     return sample.cpu_us
 
 
-def measure(jobs: Sequence[Job], servers: Sequence[Server], count: int, seconds: float) -> Results:
-    """`count` rounds of all jobs; the server that goes first changes from round to round."""
+def measure(jobs: Sequence[Job], servers: Sequence[Server], options: Options) -> Results:
+    """All jobs on all servers; the server that goes first changes from round to round.
+
+    A sample that others' work has spoiled is taken again when the machine is quiet, for as long as
+    the options' patience lasts.
+    """
+    patience = _Patience(options.patience)
     results: Results = {}
     for job in jobs:
         print(f"running {job.name}", file=sys.stderr)
         samples: JobSamples = {server.name: [] for server in servers}
-        for number in range(count):
+        for number in range(options.rounds):
             first = number % len(servers)
             for server in (*servers[first:], *servers[:first]):
-                samples[server.name].append(_undisturbed(job, server, seconds))
+                sample = _sample(job, server, options.seconds)
+                while sample.others > _DISTURBED_CORES and patience.wait_for_quiet():
+                    again = _sample(job, server, options.seconds)
+                    sample = min(sample, again, key=lambda s: s.others)
+                samples[server.name].append(sample)
         results[job.name] = samples
     return results
 
 
-def _undisturbed(job: Job, server: Server, seconds: float) -> Sample:
-    """A sample that nobody else's work has spoiled; the least spoiled one of a few if need be."""
-    best = _sample(job, server, seconds)
-    for _ in range(_RETRIES):
-        if best.others <= _DISTURBED_CORES:
-            break
-        print(f"  again on {server.name}: others used {best.others:.2f} cores", file=sys.stderr)
-        best = min(best, _sample(job, server, seconds), key=lambda sample: sample.others)
-    return best
+class _Patience:
+    """A number of seconds that a run may spend on waiting for others to finish their work."""
+
+    def __init__(self, seconds: float) -> None:
+        self._left_s = seconds
+
+    def wait_for_quiet(self) -> bool:
+        """True once the machine is quiet; False when patience has run out."""
+        while self._left_s > 0:
+            before = proc.machine_cpu_s()
+            time.sleep(_GLANCE_S)
+            self._left_s -= _GLANCE_S
+            if (proc.machine_cpu_s() - before) / _GLANCE_S <= _DISTURBED_CORES:
+                return True
+        return False
 
 
 def _sample(job: Job, server: Server, seconds: float) -> Sample:

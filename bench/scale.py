@@ -59,7 +59,7 @@ def speed(options: Options) -> Found:
         for server in servers:
             fio.fill(server.uri())
         with idle.connections(servers[-1], _IDLE):
-            results = rounds.measure([_READS], servers, options.rounds, options.seconds)
+            results = rounds.measure([_READS], servers, options)
     samples = results[_READS.name]
     rows = []
     for name, found in samples.items():
@@ -129,7 +129,7 @@ def aggregate(options: Options) -> Found:
     with running(servers):
         for server in servers:
             fio.fill(server.uri())
-        results = rounds.measure(jobs, servers, options.rounds, options.seconds)
+        results = rounds.measure(jobs, servers, options)
     print(speed_table(jobs, results, names, "Many busy connections"), end="\n\n")
     print(detail_table(jobs, results, names))
     return rounds.as_json(results)

@@ -66,7 +66,7 @@ def run(options: Options) -> Found:
     with running(servers):
         for server in servers:
             fio.fill(server.uri())
-        results = rounds.measure(chosen, servers, options.rounds, options.seconds)
+        results = rounds.measure(chosen, servers, options)
     title = "Serving from RAM, medians of the rounds"
     print(speed_table(chosen, results, names, title), end="\n\n")
     print(detail_table(chosen, results, names))

@@ -10,11 +10,13 @@ from nbdram.config import (
     DEFAULT_EXPORT_SIZE,
     ExportSettings,
     ServeSettings,
+    SwapSettings,
     default_listen,
     parse_listen,
     parse_size,
 )
 from nbdram.memory.available import default_budget
+from nbdram.server.connection import WRITE_WAIT_S
 from nbdram.server.server import serve
 
 
@@ -23,8 +25,9 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser.add_argument(
         "--export",
         action="append",
-        metavar="NAME=MAXSIZE[,ro][,description=TEXT]",
-        help="serve a device of at most MAXSIZE, as in scratch=16G (default: ram=1T)",
+        metavar="NAME=MAXSIZE[,ro][,density][,description=TEXT]",
+        help="serve a device of at most MAXSIZE, as in scratch=16G (default: ram=1T); "
+        "density: cold data takes a little less RAM, and longer to read",
     )
     parser.add_argument(
         "--listen",
@@ -33,7 +36,22 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="unix:PATH, tcp://HOST:PORT, or fd for sockets handed over by a service manager "
         "(default: nbdram.sock in the runtime directory, and tcp://127.0.0.1:10809)",
     )
-    parser.add_argument("--memory", metavar="SIZE", help="RAM for all devices (default: half of what is available)")
+    parser.add_argument(
+        "--memory", metavar="SIZE", help="RAM for everything the server holds (default: half of what is available)"
+    )
+    parser.add_argument(
+        "--swap",
+        action="append",
+        metavar="disk:PATH[,max=SIZE]",
+        help="a directory for cold data, encrypted, when compressed RAM is not enough; may be given several times",
+    )
+    parser.add_argument(
+        "--write-wait",
+        type=_seconds,
+        default=WRITE_WAIT_S,
+        metavar="SECONDS",
+        help="how long a write may wait for memory before it gets ENOSPC (default: %(default)g)",
+    )
     parser.add_argument(
         "--allow-plaintext",
         action="store_true",
@@ -55,7 +73,16 @@ def run(arguments: argparse.Namespace) -> int:
         listen=listen or default_listen(),
         memory=parse_size(arguments.memory) if arguments.memory else default_budget(),
         allow_plaintext=arguments.allow_plaintext,
+        swap=tuple(SwapSettings.parse(text) for text in arguments.swap or ()),
+        write_wait_s=arguments.write_wait,
     )
     settings.check()
     uvloop.run(serve(settings))
     return 0
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < 3600:
+        raise ValueError
+    return seconds

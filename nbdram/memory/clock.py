@@ -58,6 +58,10 @@ class Clock:
             at += 1
         stop = after if at < 0 else at
         if self._ages:
+            # What is being compressed keeps its mark of a touch: reclaim looks for it when the image is there.
+            touched = [cluster for cluster in device.reclaiming if references[cluster] == Reference.TOUCHED]
             references[start:stop] = references[start:stop].translate(_AGED)
+            for cluster in touched:
+                references[cluster] = Reference.TOUCHED
         self._cluster = stop
         return found, False

@@ -4,6 +4,7 @@ The invariants are at the head of `space.py`. What is here are the plain twins o
 everything that it leaves to them: faults, partial pages, first touches.
 """
 
+import errno
 from collections.abc import Iterator
 
 from nbdram.memory.budget import Budget
@@ -29,6 +30,17 @@ from nbdram.memory.layout import (
 from nbdram.memory.space import Space, tiers_of
 
 Buffer = bytes | memoryview
+Piece = tuple[int, int, list[Buffer]]  # start, end (bytes of the device), content
+Image = tuple[int, bytes]  # the word that pointed at an image, and the image
+Images = dict[int, Image]  # by cluster
+
+
+class FarPage(OSError):
+    """What is needed is on disk, and must be fetched first."""
+
+    def __init__(self, cluster: int) -> None:
+        super().__init__(errno.EAGAIN, "an image must be read from disk")
+        self.cluster = cluster
 
 
 class Device(Space):
@@ -37,6 +49,19 @@ class Device(Space):
     def __init__(self, name: str, size: int, budget: Budget, codec: Codec | None = None) -> None:
         super().__init__(name, size, budget)
         self.codec = codec or Codec()
+
+    def read(self, offset: int, length: int) -> bytes:
+        """The plain twin of the hot loop's READ; blocks for what is on disk."""
+        if not length:
+            return b""
+        images: Images = {}
+        for cluster in self.far_clusters(offset, offset + length):
+            word = self.words[cluster]
+            images[cluster] = (word, self.load_image(cluster, word))
+        return b"".join(
+            b"".join(buffers) if buffers else bytes(end - start)
+            for start, end, buffers in self.gather(offset, offset + length, images)
+        )
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -76,16 +101,30 @@ class Device(Space):
             return [self.hot_view[offset:end]]
         return self.decode(cluster, word, offset - base, end - base)
 
-    def decode(self, cluster: int, word: int, start: int, end: int) -> list[Buffer]:
-        """Bytes [start, end) of a cluster out of its image in RAM; IntegrityError if it is damaged."""
-        image = self.ram.load(cluster, word >> SLOT_SHIFT & 1, word >> LENGTH_SHIFT & LENGTH_MASK)
-        return self.codec.decode(image, start, end)
+    def decode(self, cluster: int, word: int, start: int, end: int, image: bytes | None = None) -> list[Buffer]:
+        """Bytes [start, end) of a cluster out of its image, which is in RAM if it is not given.
 
-    def _fault(self, cluster: int, start: int, end: int) -> None:
+        IntegrityError if it is damaged.
+        """
+        length = word >> LENGTH_SHIFT & LENGTH_MASK
+        content = image or self.ram.load(cluster, word >> SLOT_SHIFT & 1, length)
+        if length == CLUSTER:
+            return [memoryview(content)[start:end]]
+        return self.codec.decode(content, start, end)
+
+    def load_image(self, cluster: int, word: int) -> bytes:
+        """A cluster's image from wherever it is; may block."""
+        slot, length = word >> SLOT_SHIFT & 1, word >> LENGTH_SHIFT & LENGTH_MASK
+        if word >> TIER_SHIFT & TIER_MASK == Tier.RAM:
+            return bytes(self.ram.load(cluster, slot, length))
+        assert self.disk
+        return self.disk.load(cluster, slot, length)
+
+    def _fault(self, cluster: int, start: int, end: int, image: bytes | None = None) -> None:
         """Copy the missing pages [start, end) of a cluster out of its image to `hot`, clean."""
         base = cluster << CLUSTER_SHIFT
         at = start
-        for piece in self.decode(cluster, self.words[cluster], start - base, end - base):
+        for piece in self.decode(cluster, self.words[cluster], start - base, end - base, image):
             self.hot[at : at + len(piece)] = piece
             at += len(piece)
         mask = pages_within(cluster, start, end)
@@ -95,16 +134,17 @@ class Device(Space):
         self.words[cluster] |= mask
         self.references[cluster] = TOUCHED
 
-    def gather(self, offset: int, end: int) -> list[tuple[int, int, list[Buffer]]]:
+    def gather(self, offset: int, end: int, images: Images | None = None) -> list[Piece]:
         """[offset, end) as neighbouring (start, end, buffers), an empty list for a hole; touches the clusters.
 
-        Buffers are views of `hot`, good until the caller lets others run, or decompressed bytes.
+        Buffers are views of `hot`, good until the caller lets others run, or decompressed bytes. Images on disk
+        must have been fetched before, else FarPage is raised.
         """
-        found: list[tuple[int, int, list[Buffer]]] = []
+        found: list[Piece] = []
         for cluster in range(offset >> CLUSTER_SHIFT, ((end - 1) >> CLUSTER_SHIFT) + 1):
             base = cluster << CLUSTER_SHIFT
             start, stop = max(offset, base), min(end, base + CLUSTER)
-            for piece_start, piece_end, buffers in self._gather_cluster(cluster, start, stop):
+            for piece_start, piece_end, buffers in self._gather_cluster(cluster, start, stop, images):
                 if found and bool(found[-1][2]) == bool(buffers):
                     found[-1][2].extend(buffers)
                     found[-1] = (found[-1][0], piece_end, found[-1][2])
@@ -112,30 +152,59 @@ class Device(Space):
                     found.append((piece_start, piece_end, buffers))
         return found
 
-    def _gather_cluster(self, cluster: int, start: int, stop: int) -> list[tuple[int, int, list[Buffer]]]:
+    def _gather_cluster(self, cluster: int, start: int, stop: int, images: Images | None) -> list[Piece]:
         word = self.word(cluster)
         if not word:
             return [(start, stop, [])]
         base = cluster << CLUSTER_SHIFT
-        pieces: list[tuple[int, int, list[Buffer]]] = []
+        pieces: list[Piece] = []
         for first, last, tier in tiers_of(word, start - base, stop - base):
+            buffers: list[Buffer] = []
             if tier == Tier.RESIDENT:
                 self.references[cluster] = TOUCHED
-                pieces.append((base + first, base + last, [self.hot_view[base + first : base + last]]))
-            elif tier == Tier.HOLE:
-                pieces.append((base + first, base + last, []))
-            else:
-                buffers = self.read_cold(cluster, base + first, base + last)
-                assert buffers
-                pieces.append((base + first, base + last, buffers))
+                buffers = [self.hot_view[base + first : base + last]]
+            elif tier == Tier.RAM:
+                content = self.read_cold(cluster, base + first, base + last)
+                assert content
+                buffers = content
+            elif tier == Tier.DISK:
+                buffers = self._read_far(cluster, word, base + first, base + last, images or {})
+            pieces.append((base + first, base + last, buffers))
         return pieces
 
-    # -- writing -----------------------------------------------------------------------------------
+    def _read_far(self, cluster: int, word: int, start: int, end: int, images: Images) -> list[Buffer]:
+        """Bytes of a cluster out of its fetched image; the pages become resident if there is memory."""
+        read_from, image = images.get(cluster, (0, b""))
+        if read_from >> LENGTH_SHIFT != word >> LENGTH_SHIFT:
+            raise FarPage(cluster)
+        if self.budget.free_pages > self.budget.wake_below:
+            self._fault(cluster, start & ~(PAGE - 1), -(-end // PAGE) * PAGE, image)
+            return [self.hot_view[start:end]]
+        if self.references[cluster] == Reference.FAR:
+            self.references[cluster] = Reference.FAR_TOUCHED
+        base = cluster << CLUSTER_SHIFT
+        return self.decode(cluster, word, start - base, end - base, image)
 
-    def read(self, offset: int, length: int) -> bytes:
-        """The plain twin of the hot loop's READ."""
-        pieces = self.gather(offset, offset + length) if length else []
-        return b"".join(b"".join(buffers) if buffers else bytes(end - start) for start, end, buffers in pieces)
+    def far_clusters(self, offset: int, end: int) -> list[int]:
+        """The clusters of which [offset, end) needs pages that are only on disk."""
+        found = []
+        for cluster in range(offset >> CLUSTER_SHIFT, ((end - 1) >> CLUSTER_SHIFT) + 1):
+            word = self.word(cluster)
+            mask = pages_within(cluster, offset, end)
+            if word >> TIER_SHIFT & TIER_MASK == Tier.DISK and mask & ~word:
+                found.append(cluster)
+        return found
+
+    def install(self, page: int, image: Image) -> None:
+        """Make one page resident out of a fetched image, if that is still where it is; ENOSPC if it can't be."""
+        cluster = page >> CLUSTER_SHIFT
+        word = self.word(cluster)
+        if word >> LENGTH_SHIFT == image[0] >> LENGTH_SHIFT and not word >> (page >> PAGE_SHIFT & 15) & 1:
+            self.budget.take(1)
+            self.budget.free_pages += 1  # _fault counts it
+            self._fault(cluster, page, page + PAGE, image[1])
+
+    # -- writing -----------------------------------------------------------------------------------
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Store `data`; ENOSPC if the budget has no room for new pages, and then nothing changed."""
@@ -147,17 +216,25 @@ class Device(Space):
         self.hot[offset:end] = data
         self.mark_written(offset, end)
 
-    def fault_edges(self, offset: int, end: int) -> None:
-        """Make the pages resident that a write of [offset, end) only covers in part, if they are cold."""
+    def edge_pages(self, offset: int, end: int) -> list[int]:
+        """The pages that [offset, end) covers only in part, if they are in the cold image."""
+        found = []
         for at in {offset & ~(PAGE - 1), (end - 1) & ~(PAGE - 1)}:
-            if at >= offset and at + PAGE <= end:
-                continue
-            cluster = at >> CLUSTER_SHIFT
-            word = self.word(cluster)
-            if word >> LENGTH_SHIFT and not word >> (at >> PAGE_SHIFT & 15) & 1:
-                self.budget.take(1)
-                self.budget.free_pages += 1  # _fault counts it
-                self._fault(cluster, at, at + PAGE)
+            word = self.word(at >> CLUSTER_SHIFT)
+            in_part = at < offset or at + PAGE > end
+            if in_part and word >> LENGTH_SHIFT and not word >> (at >> PAGE_SHIFT & 15) & 1:
+                found.append(at)
+        return found
+
+    def fault_edges(self, offset: int, end: int) -> None:
+        """Make the pages resident that a write of [offset, end) only covers in part; FarPage if that must wait."""
+        for page in self.edge_pages(offset, end):
+            cluster = page >> CLUSTER_SHIFT
+            if self.words[cluster] >> TIER_SHIFT & TIER_MASK != Tier.RAM:
+                raise FarPage(cluster)
+            self.budget.take(1)
+            self.budget.free_pages += 1  # _fault counts it
+            self._fault(cluster, page, page + PAGE)
 
     def missing_pages(self, offset: int, end: int) -> int:
         """How many pages of [offset, end) are not resident."""

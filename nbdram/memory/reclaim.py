@@ -7,7 +7,10 @@ Runs on the event loop in small steps; only compression itself is done by worker
    if that happened by the time the image is there, or the word changed, the image is thrown away.
 2. Order: image stored in the free slot, word changed, `hot` punched, old slot dropped.
 3. Clusters that hold no byte newer than their image need no compression: they are just punched.
-4. Clusters of zeros become holes. Clusters that hardly compress are left alone until they are touched again.
+4. Clusters of zeros become holes. Clusters that hardly compress go to disk as they are; without one they are left
+   alone until they are touched again.
+5. When images take more than their share of the budget, or nothing is left to compress, those that were not read
+   lately move on to disk, by the same rules: stored, then the word, then the old slot dropped.
 """
 
 import asyncio
@@ -29,7 +32,11 @@ from nbdram.memory.layout import (
     PAGE,
     RESIDENT,
     SLOT_SHIFT,
+    TIER_MASK,
+    TIER_SHIFT,
     Reference,
+    Tier,
+    cold_word,
     page_runs,
 )
 
@@ -39,12 +46,14 @@ BATCH: Final = 16
 _BATCHES_AT_WORK: Final = 2
 _MEASURE_S: Final = 0.25
 _VERDICT_S: Final = 0.25  # how long "there is nothing left" is believed
-# After this many rounds of the clock's hand without a page freed there is nothing left to reclaim: one ages what
-# was touched, one takes it.
-_HOPELESS_ROUNDS: Final = 3
+# After this many rounds of the clocks' hands without a gain there is nothing left to reclaim: for either kind of
+# victim, one round ages what was touched, and one takes it.
+_HOPELESS_ROUNDS: Final = 5
+# Where there is a disk, images in RAM may take this share of the budget.
+_IMAGE_SHARE: Final = 0.5
 
-_ZEROS: Final = 0
-_STUCK: Final = -1
+_ZEROS: Final = 0  # the image of a cluster of zeros
+_STUCK: Final = -1  # there is none: it would not compress, or the disk is full
 
 
 class ReclaimCounters:
@@ -55,6 +64,7 @@ class ReclaimCounters:
         self.dropped_clean = 0
         self.zeros = 0
         self.incompressible = 0
+        self.demoted = 0
         self.thrown_away = 0
         self.refaults = 0
         self.integrity_errors = 0
@@ -65,8 +75,7 @@ class _Job:
     device: Device
     cluster: int
     word: int
-    slot: int
-    length: int = 0  # of the image that was stored, or _ZEROS or _STUCK
+    image: int = _STUCK  # the word that describes the image that was stored
 
 
 class Reclaimer:
@@ -77,9 +86,11 @@ class Reclaimer:
         self._budget = budget
         self._devices = devices
         self._clock = Clock(Reference.IDLE, ages=True)
+        self._image_clock = Clock(Reference.COLD, ages=True)
         self._workers = ThreadPoolExecutor(1, thread_name_prefix="nbdram-compress")
         self._wanted = asyncio.Event()
         self._complained = False
+        self._gains = 0  # clusters that were reclaimed
         self._tasks: list[asyncio.Task[None]] = []
         self._at_work: set[asyncio.Future[list[_Job]]] = set()
 
@@ -126,16 +137,16 @@ class Reclaimer:
     async def _balance(self) -> bool:
         """Reclaim until enough is free; False if there is nothing left that could be."""
         budget = self._budget
-        rounds = 0
+        rounds, seen = 0, self._gains
         while budget.free_pages < budget.stop_above:
-            before = budget.free_pages
-            jobs, came_round = self._pick()
+            # After a fruitless round, try the other kind of victim.
+            jobs, came_round = self._pick(images=self._images_above_share() != bool(rounds & 1))
             if jobs:
                 self._submit(jobs)
-            while len(self._at_work) >= (_BATCHES_AT_WORK if jobs else 1):
+            while len(self._at_work) >= (1 if came_round else _BATCHES_AT_WORK):
                 await self._collect()
-            if budget.free_pages > before or jobs:
-                rounds = 0
+            if self._gains != seen:
+                rounds, seen = 0, self._gains
             elif came_round:
                 rounds += 1
                 if rounds >= _HOPELESS_ROUNDS:
@@ -145,30 +156,38 @@ class Reclaimer:
             await self._collect()
         return True
 
-    def _pick(self) -> tuple[list[_Job], bool]:
-        """The next victims that need compression (the others are dealt with), and whether the hand came round."""
+    def _images_above_share(self) -> bool:
+        devices = self._devices()
+        images = sum(device.cold_pages for device in devices if device.disk)
+        usable = self._budget.limit_pages - self._budget.overhead_pages
+        return images > usable * _IMAGE_SHARE
+
+    def _pick(self, *, images: bool) -> tuple[list[_Job], bool]:
+        """The next victims that need a worker (the others are dealt with), and whether the hand came round."""
         jobs: list[_Job] = []
         for _ in range(BATCH):
-            victims, came_round = self._clock.take(self._devices(), BATCH - len(jobs))
+            clock = self._image_clock if images and not jobs else self._clock
+            victims, came_round = clock.take(self._devices(), BATCH - len(jobs))
             for device, cluster in victims:
                 if cluster in device.reclaiming or any(i.covers(cluster) for i in device.incoming):
                     continue
                 word = device.words[cluster]
-                if word >> DIRTY_SHIFT & RESIDENT:
-                    has_image = word >> LENGTH_SHIFT != 0
-                    slot = 1 - (word >> SLOT_SHIFT & 1) if has_image else 0
-                    jobs.append(_Job(device, cluster, word, slot))
+                if word >> DIRTY_SHIFT & RESIDENT or not word & RESIDENT:
+                    if not word & RESIDENT and not (device.disk and device.disk.has_room(cluster)):
+                        continue
+                    jobs.append(_Job(device, cluster, word))
                     device.reclaiming.add(cluster)
                 else:
                     device.drop_resident(cluster)
                     self.counters.dropped_clean += 1
+                    self._gains += 1
             if came_round or len(jobs) == BATCH:
                 return jobs, came_round
         return jobs, False
 
     def _submit(self, jobs: list[_Job]) -> None:
         loop = asyncio.get_running_loop()
-        self._at_work.add(loop.run_in_executor(self._workers, _compress, jobs))
+        self._at_work.add(loop.run_in_executor(self._workers, _store, jobs))
 
     async def _collect(self) -> None:
         done, self._at_work = await asyncio.wait(self._at_work, return_when=asyncio.FIRST_COMPLETED)
@@ -180,42 +199,73 @@ class Reclaimer:
         """Let the image take the cluster's place, if nobody has touched it meanwhile (rule 1)."""
         device, cluster = job.device, job.cluster
         device.reclaiming.discard(cluster)
-        unchanged = device.references[cluster] == Reference.IDLE and device.words[cluster] == job.word
+        idle = Reference.IDLE if job.word & RESIDENT else Reference.COLD
+        unchanged = device.references[cluster] == idle and device.words[cluster] == job.word
         if not unchanged or any(i.covers(cluster) for i in device.incoming):
             self.counters.thrown_away += 1
-            if job.length > 0:
-                device.ram.drop(cluster, job.slot, job.length)
+            if job.image > 0:
+                device.discard_image(cluster, job.image)
             device.release_stray(cluster)
-        elif job.length == _ZEROS:
+        elif job.image == _ZEROS:
             self.counters.zeros += 1
+            self._gains += 1
             device.clear(cluster)
-        elif job.length == _STUCK:
-            self.counters.incompressible += 1
-            device.references[cluster] = Reference.STUCK
+        elif job.image == _STUCK:
+            if job.word & RESIDENT:
+                self.counters.incompressible += 1
+                device.references[cluster] = Reference.STUCK
         else:
-            self.counters.compressed += 1
-            device.take_image(cluster, job.slot, job.length)
+            if job.word & RESIDENT:
+                self.counters.compressed += 1
+            else:
+                self.counters.demoted += 1
+            self._gains += 1
+            device.take_image(cluster, job.image)
 
 
-def _compress(jobs: list[_Job]) -> list[_Job]:
+def _store(jobs: list[_Job]) -> list[_Job]:
     """In a worker thread: store the images of a batch. The loop may change the clusters meanwhile."""
     for job in jobs:
         try:
-            image = job.device.codec.encode(_content(job))
-        except OSError as error:  # a damaged old image: keep what is resident
-            log.error("%s: cluster %d can't be reclaimed: %s", job.device.name, job.cluster, error)
-            job.length = _STUCK
-            continue
-        if image is None:
-            job.length = _ZEROS
-            continue
-        length = sum(map(len, image))
-        if length > INCOMPRESSIBLE_BYTES:
-            job.length = _STUCK
-        else:
-            job.device.ram.store(job.cluster, job.slot, image)
-            job.length = length
+            job.image = _store_image(job) if job.word & RESIDENT else _demote(job)
+        except OSError as error:  # a full disk, or a damaged old image: all stays where it is
+            log.debug("%s: cluster %d can't be reclaimed: %s", job.device.name, job.cluster, error)
     return jobs
+
+
+def _store_image(job: _Job) -> int:
+    """Compress what is resident; the word of the image, or _ZEROS or _STUCK."""
+    device, cluster = job.device, job.cluster
+    content = _content(job)
+    image = device.codec.encode(content)
+    if image is None:
+        return _ZEROS
+    length = sum(map(len, image))
+    if length <= INCOMPRESSIBLE_BYTES:
+        slot = _free_slot(job.word, Tier.RAM)
+        device.ram.store(cluster, slot, image)
+        return cold_word(length, slot, Tier.RAM)
+    if device.disk and device.disk.has_room(cluster):
+        return _store_on_disk(job, bytes(content))
+    return _STUCK
+
+
+def _demote(job: _Job) -> int:
+    """Move an image on from RAM to disk."""
+    return _store_on_disk(job, job.device.load_image(job.cluster, job.word))
+
+
+def _store_on_disk(job: _Job, image: bytes) -> int:
+    disk = job.device.disk
+    assert disk
+    slot = _free_slot(job.word, Tier.DISK)
+    disk.writer.submit(disk.store, job.cluster, slot, image).result()
+    return cold_word(len(image), slot, Tier.DISK)
+
+
+def _free_slot(word: int, tier: Tier) -> int:
+    """The slot of a tier that the cluster's present image is not in."""
+    return 1 - (word >> SLOT_SHIFT & 1) if word >> TIER_SHIFT & TIER_MASK == tier else 0
 
 
 def _content(job: _Job) -> memoryview:
@@ -227,7 +277,7 @@ def _content(job: _Job) -> memoryview:
     content = bytearray(CLUSTER)
     if word >> LENGTH_SHIFT:
         at = 0
-        for piece in device.decode(job.cluster, word, 0, CLUSTER):
+        for piece in device.decode(job.cluster, word, 0, CLUSTER, device.load_image(job.cluster, word)):
             content[at : at + len(piece)] = piece
             at += len(piece)
     for first, after in page_runs(word & RESIDENT):

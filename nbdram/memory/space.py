@@ -42,10 +42,10 @@ from nbdram.memory.layout import (
     WORDS_PER_PAGE,
     Reference,
     Tier,
-    cold_word,
     page_runs,
     pages_within,
 )
+from nbdram.memory.tiers.disk import DiskTier
 from nbdram.memory.tiers.ram import RamTier, image_pages
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ class Space:
         self.budget = budget
         self.backing = Backing(name, size)
         self.ram = RamTier(name, self.backing.clusters)
+        self.disk: DiskTier | None = None
         self.hot = self.backing.hot
         self.hot_view = memoryview(self.hot)
         self.words = memoryview(self.backing.index).cast("Q")
@@ -86,6 +87,7 @@ class Space:
         self.resident_pages = 0
         self.cold_pages = 0  # of images in RAM
         self.index_pages = 0
+        self.disk_pages = 0  # of images on disk
         self.senders: set[Sender] = set()
         self.incoming: set[Incoming] = set()
         self.reclaiming: set[int] = set()  # clusters that a worker compresses just now
@@ -96,6 +98,8 @@ class Space:
         self.words.release()
         self.backing.close()
         self.ram.close()
+        if self.disk:
+            self.disk.close()
         self.budget.give(self.resident_pages + self.cold_pages + self.index_pages)
         self.resident_pages = self.cold_pages = self.index_pages = 0
 
@@ -257,30 +261,48 @@ class Space:
     def drop_image(self, cluster: int, word: int) -> None:
         """Give back the cold image that `word`, which is not the cluster's any more, points at."""
         length = word >> LENGTH_SHIFT & LENGTH_MASK
-        if length:
+        if not length:
+            return
+        pages = image_pages(length)
+        if word >> TIER_SHIFT & TIER_MASK == Tier.RAM:
             self.ram.drop(cluster, word >> SLOT_SHIFT & 1, length)
-            pages = image_pages(length)
             self.cold_pages -= pages
             self.budget.give(pages)
+        else:
+            assert self.disk
+            self.disk.drop(cluster, word >> SLOT_SHIFT & 1, length)
+            self.disk_pages -= pages
+
+    def discard_image(self, cluster: int, image: int) -> None:
+        """Give back an image that was stored, but never became the cluster's."""
+        length, slot = image >> LENGTH_SHIFT & LENGTH_MASK, image >> SLOT_SHIFT & 1
+        if image >> TIER_SHIFT & TIER_MASK == Tier.RAM:
+            self.ram.drop(cluster, slot, length)
+        elif self.disk:
+            self.disk.drop(cluster, slot, length)
 
     def drop_resident(self, cluster: int) -> None:
         """Let a cluster whose image has everything live from it."""
         word = self.words[cluster]
         self.words[cluster] = word & ~WHOLE
-        self.references[cluster] = Reference.COLD
+        self.references[cluster] = cold_reference(word)
         base = cluster << CLUSTER_SHIFT
         self.release(base, base + CLUSTER, (word & RESIDENT).bit_count())
 
-    def take_image(self, cluster: int, slot: int, length: int) -> None:
-        """The image in `slot` of the RAM tier is the cluster now."""
+    def take_image(self, cluster: int, image: int) -> None:
+        """A new image, described by the word `image`, has all of the cluster from now on."""
         old = self.words[cluster]
-        self.words[cluster] = cold_word(length, slot, Tier.RAM)
-        self.references[cluster] = Reference.COLD
-        pages = image_pages(length)
-        self.cold_pages += pages
-        self.budget.free_pages -= pages
-        base = cluster << CLUSTER_SHIFT
-        self.release(base, base + CLUSTER, (old & RESIDENT).bit_count())
+        self.words[cluster] = image
+        self.references[cluster] = cold_reference(image)
+        pages = image_pages(image >> LENGTH_SHIFT & LENGTH_MASK)
+        if image >> TIER_SHIFT & TIER_MASK == Tier.RAM:
+            self.cold_pages += pages
+            self.budget.free_pages -= pages
+        else:
+            self.disk_pages += pages
+        if old & RESIDENT:
+            base = cluster << CLUSTER_SHIFT
+            self.release(base, base + CLUSTER, (old & RESIDENT).bit_count())
         self.drop_image(cluster, old)
 
     def release(self, start: int, end: int, pages: int) -> None:
@@ -349,3 +371,8 @@ def tiers_of(word: int, start: int, stop: int) -> list[Extent]:
     if at < stop:
         found.append((at, stop, behind))
     return found
+
+
+def cold_reference(word: int) -> Reference:
+    """The reference byte of an idle cluster without resident pages."""
+    return Reference.COLD if word >> TIER_SHIFT & TIER_MASK == Tier.RAM else Reference.FAR

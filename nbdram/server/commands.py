@@ -8,9 +8,11 @@ import asyncio
 import errno
 import mmap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from nbdram.memory.device import FarPage, Piece
 from nbdram.memory.layout import Tier
 from nbdram.protocol import wire
 from nbdram.protocol.handshake import ReplyMode
@@ -46,6 +48,7 @@ _GROWS = frozenset((Command.WRITE, Command.WRITE_ZEROES))
 PUNCHES = frozenset((Command.TRIM, Command.WRITE_ZEROES))
 _NO_RANGE = frozenset((Command.FLUSH, Command.DISC))
 
+Stepwise = Callable[[int, int], Iterator[None]]  # of a device: begins work on [offset, end)
 Refusal = tuple[int, str]  # errno, a sentence for the client
 
 
@@ -105,15 +108,15 @@ def begin(
             else:
                 connection.spawn(_long_read(connection, flags, cookie, offset, end))
         case Command.TRIM:
-            _in_steps(connection, out, cookie, offset, device.trim(offset, end))
+            _in_steps(connection, out, cookie, offset, end, device.trim)
         case Command.WRITE_ZEROES:
             keep = bool(flags & CommandFlag.NO_HOLE)
             if keep and flags & CommandFlag.FAST_ZERO:
                 message = "zeros that stay allocated are not faster than a WRITE"
                 connection.refuse(out, cookie, offset, errno.ENOTSUP, message)
                 return
-            steps = device.zero(offset, end, keep_allocated=keep)
-            _in_steps(connection, out, cookie, offset, steps)
+            zero = partial(device.zero, keep_allocated=keep)
+            _in_steps(connection, out, cookie, offset, end, zero)
         case Command.BLOCK_STATUS:
             contexts = tuple(connection.contexts)
             connection.spawn(_block_status(connection, flags, cookie, offset, end, contexts))
@@ -141,16 +144,32 @@ def block_status_with_payload(
 # -- steps ---------------------------------------------------------------------------------------------
 
 
-def _in_steps(connection: "Connection", out: "list[Buffer]", cookie: int, offset: int, steps: Iterator[None]) -> None:
+def _in_steps(
+    connection: "Connection", out: "list[Buffer]", cookie: int, offset: int, end: int, begin: Stepwise
+) -> None:
+    steps = begin(offset, end)
     try:
         for done, _ in enumerate(steps, 1):
             if done == _STEPS_AT_ONCE:
                 connection.spawn(_finish_steps(connection, cookie, offset, steps))
                 return
+    except FarPage:  # of a page at an edge: nothing has changed yet
+        connection.spawn(_fetch_and_begin(connection, cookie, offset, end, begin))
     except OSError as error:
         connection.refuse(out, cookie, offset, *_reason(error))
     else:
         out.append(connection.replies.done(cookie, offset))
+
+
+async def _fetch_and_begin(connection: "Connection", cookie: int, offset: int, end: int, begin: Stepwise) -> None:
+    try:
+        await connection.fetcher.fetch_edges(connection.device, offset, end)
+    except OSError as error:
+        out: list[Buffer] = []
+        connection.refuse(out, cookie, offset, *_reason(error))
+        connection.send(out)
+    else:
+        await _finish_steps(connection, cookie, offset, begin(offset, end))
 
 
 async def _finish_steps(connection: "Connection", cookie: int, offset: int, steps: Iterator[None]) -> None:
@@ -192,38 +211,41 @@ def _in_one_piece(connection: "Connection", flags: int) -> bool:
     return connection.replies.mode is ReplyMode.SIMPLE or bool(flags & CommandFlag.DF)
 
 
-def _chunks(connection: "Connection", cookie: int, offset: int, start: int, stop: int, end: int) -> "list[Buffer]":
-    """The chunks for the part [start, stop) of a READ that ends at `end`."""
+def _chunks(connection: "Connection", cookie: int, offset: int, pieces: list[Piece], end: int) -> "list[Buffer]":
+    """The chunks for a part of a READ that ends at `end`."""
     replies = connection.replies
     out: list[Buffer] = []
-    for piece, piece_end, buffers in connection.device.gather(start, stop):
-        last = piece_end == end
+    for start, stop, buffers in pieces:
+        last = stop == end
         if buffers:
-            out.append(replies.data(cookie, offset, piece_end - piece, piece, last=last))
+            out.append(replies.data(cookie, offset, stop - start, start, last=last))
             out += buffers
         else:
-            out.append(replies.hole(cookie, offset, piece, piece_end - piece, last=last))
+            out.append(replies.hole(cookie, offset, start, stop - start, last=last))
     return out
 
 
-def _whole(connection: "Connection", start: int, stop: int) -> "list[Buffer]":
-    """[start, stop) with zeros for its holes."""
+def _whole(pieces: list[Piece]) -> "list[Buffer]":
+    """The content of a part of a READ, with zeros for its holes."""
     out: list[Buffer] = []
-    for piece, piece_end, buffers in connection.device.gather(start, stop):
-        out += buffers or [_ZEROS[: piece_end - piece]]
+    for start, stop, buffers in pieces:
+        out += buffers or [_ZEROS[: stop - start]]
     return out
 
 
 def _read_now(connection: "Connection", out: "list[Buffer]", flags: int, cookie: int, offset: int, end: int) -> None:
     try:
-        if _in_one_piece(connection, flags):
-            content = _whole(connection, offset, end)
-            out.append(connection.replies.data(cookie, offset, end - offset, offset, last=True))
-            out += content
-        else:
-            out += _chunks(connection, cookie, offset, offset, end, end)
+        pieces = connection.device.gather(offset, end)
+    except FarPage:
+        connection.spawn(_read(connection, flags, cookie, offset, end))
     except OSError as error:
         connection.refuse(out, cookie, offset, *_reason(error))
+    else:
+        if _in_one_piece(connection, flags):
+            out.append(connection.replies.data(cookie, offset, end - offset, offset, last=True))
+            out += _whole(pieces)
+        else:
+            out += _chunks(connection, cookie, offset, pieces, end)
 
 
 async def _long_read(connection: "Connection", flags: int, cookie: int, offset: int, end: int) -> None:
@@ -237,23 +259,36 @@ async def _read(connection: "Connection", flags: int, cookie: int, offset: int, 
     """A large READ, a part at a time. Views of `hot` never outlive a part: others may punch meanwhile."""
     pause = _Pause()
     out: list[Buffer] = []
+    hole = offset  # where the hole begins that the last parts were
     try:
-        if _in_one_piece(connection, flags):
-            for start in range(offset, end, _INLINE_READ_BYTES):
-                stop = min(end, start + _INLINE_READ_BYTES)
-                out += [bytes(buffer) for buffer in _whole(connection, start, stop)]
-                await pause()
-            out.insert(0, connection.replies.data(cookie, offset, end - offset, offset, last=True))
-        else:
-            for start in range(offset, end, _INLINE_READ_BYTES):
-                stop = min(end, start + _INLINE_READ_BYTES)
-                connection.send(_chunks(connection, cookie, offset, start, stop, end))
+        for start in range(offset, end, _INLINE_READ_BYTES):
+            stop = min(end, start + _INLINE_READ_BYTES)
+            pieces = await connection.fetcher.gather(connection.device, start, stop)
+            if _in_one_piece(connection, flags):
+                out += [bytes(buffer) for buffer in _whole(pieces)]
+            elif stop < end and not any(buffers for _, _, buffers in pieces):
+                continue
+            else:
+                if hole < start:
+                    pieces = _with_hole_before(hole, pieces)
+                connection.send(_chunks(connection, cookie, offset, pieces, end))
+                hole = stop
                 await connection.drained()
-                await pause()
+            await pause()
+        if out:
+            out.insert(0, connection.replies.data(cookie, offset, end - offset, offset, last=True))
     except OSError as error:
         out = []
         connection.refuse(out, cookie, offset, *_reason(error))
     connection.send(out)
+
+
+def _with_hole_before(start: int, pieces: list[Piece]) -> list[Piece]:
+    """`pieces` with a hole in front of them, from `start` on."""
+    first, stop, buffers = pieces[0]
+    if buffers:
+        return [(start, first, []), *pieces]
+    return [(start, stop, []), *pieces[1:]]
 
 
 # -- BLOCK_STATUS --------------------------------------------------------------------------------------

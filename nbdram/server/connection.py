@@ -26,7 +26,8 @@ from collections import deque
 from collections.abc import Coroutine
 from typing import Any, Final, Protocol, cast
 
-from nbdram.memory.device import Device
+from nbdram.memory.device import Device, FarPage
+from nbdram.memory.fetch import Fetcher
 from nbdram.memory.incoming import Incoming
 from nbdram.memory.layout import CLUSTER, CLUSTER_SHIFT, RESIDENT_AND_DIRTY, RESIDENT_MASKS, TOUCHED
 from nbdram.protocol import wire
@@ -89,6 +90,7 @@ class Service:
         self.counters = Counters()
         self.last_served: Connection | None = None
         self.write_wait_s = WRITE_WAIT_S
+        self.fetcher = Fetcher()
         self.receive_buffer = bytearray(RECEIVE_BYTES)
         self.receive_view = memoryview(self.receive_buffer)
 
@@ -109,6 +111,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self.fetcher = service.fetcher
         self._buffer = service.receive_buffer
         self._view = service.receive_view
         self._loop = asyncio.get_running_loop()
@@ -143,6 +146,7 @@ class Connection(asyncio.BufferedProtocol):
         self._stalled = False
         self._starved = False  # a WRITE waits for memory
         self._starving_since = 0.0
+        self._fetch_error: OSError | None = None
         self._hunger: asyncio.TimerHandle | None = None
         self._closing = False  # by DISC, or because the server stops
         self._ended = False  # the client has closed its sending side
@@ -466,8 +470,12 @@ class Connection(asyncio.BufferedProtocol):
                 self._incoming = incoming
                 self._incoming_reply = self.replies.done(cookie, offset)
         except OSError as error:
+            if isinstance(error, FarPage) and not self._fetch_error:
+                self._wait_for_disk(offset, offset + length)
+                return -1
             if error.errno == errno.ENOSPC and self._wait_for_memory():
                 return -1
+            error, self._fetch_error = self._fetch_error or error, None
             self._count(wire.Command.WRITE)
             self.refuse(out, cookie, offset, error.errno or 5, error.strerror or "input/output error")
             return self._after_payload(start, end, out, length)
@@ -491,6 +499,20 @@ class Connection(asyncio.BufferedProtocol):
         budget.waiting.append(self._memory_freed)
         self._hunger = self._loop.call_later(left, self._try_again)
         return True
+
+    def _wait_for_disk(self, offset: int, end: int) -> None:
+        """Stall until the pages that a WRITE covers only in part are read from disk, and try it again."""
+
+        async def fetch() -> None:
+            try:
+                await self.fetcher.fetch_edges(self.device, offset, end)
+            except OSError as error:
+                self._fetch_error = None if error.errno == errno.ENOSPC else error
+            self._try_again()
+
+        self._starved = True
+        self._stall()
+        self.spawn(fetch())
 
     def _memory_freed(self) -> None:
         self._loop.call_soon(self._try_again)  # not in the middle of what has just freed it

@@ -1,10 +1,14 @@
 """Exports: the names under which devices are served, and what a client is told of them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from nbdram.errors import UsageError
 from nbdram.memory.budget import Budget
+from nbdram.memory.codec import Codec
 from nbdram.memory.device import Device
+from nbdram.memory.layout import CLUSTER
+from nbdram.memory.tiers.disk import DiskTier, SwapArea
 from nbdram.protocol.handshake import ExportInfo
 from nbdram.protocol.wire import TransmissionFlag as Flag
 
@@ -40,15 +44,21 @@ class Export:
 class Exports:
     """All exports of a server, in the order in which they were made; a handshake's Catalogue."""
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: Budget, areas: Sequence[SwapArea] = ()) -> None:
         self.budget = budget
+        self._areas = list(areas)
+        self._disk_writer = ThreadPoolExecutor(1, thread_name_prefix="nbdram-disk")
         self._by_name: dict[str, Export] = {}
 
-    def create(self, name: str, size: int, *, read_only: bool = False, description: str = "") -> Export:
+    def create(
+        self, name: str, size: int, *, read_only: bool = False, description: str = "", dense: bool = False
+    ) -> Export:
         """Add an empty export of at most `size` bytes."""
         if name in self._by_name:
             raise UsageError(f"there are two exports called {name!r}: give each a name of its own")
-        device = Device(name, size, self.budget)
+        device = Device(name, size, self.budget, Codec(CLUSTER) if dense else None)
+        if self._areas:
+            device.disk = DiskTier(self._areas, self._disk_writer)
         export = Export(name, device, read_only=read_only, description=description)
         self._by_name[name] = export
         return export
@@ -74,6 +84,7 @@ class Exports:
 
     def close(self) -> None:
         """Give the memory of all exports back."""
+        self._disk_writer.shutdown()
         for export in self:
             export.device.close()
         self._by_name.clear()

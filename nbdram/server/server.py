@@ -14,6 +14,7 @@ from typing import Final
 from nbdram.config import Endpoint, ServeSettings
 from nbdram.memory.budget import Budget
 from nbdram.memory.reclaim import Reclaimer
+from nbdram.memory.tiers.disk import SwapArea
 from nbdram.server.connection import Connection, Service
 from nbdram.server.exports import Exports
 from nbdram.server.listeners import open_listeners, unlink_if_ours
@@ -31,9 +32,11 @@ class Server:
     def __init__(self, settings: ServeSettings) -> None:
         self.settings = settings
         budget = Budget(settings.memory)
-        self.exports = Exports(budget)
+        self._areas = _swap_areas(settings)
+        self.exports = Exports(budget, self._areas)
         self.reclaimer = Reclaimer(budget, self.exports.devices)
         self.service = Service(self.exports)
+        self.service.write_wait_s = settings.write_wait_s
         self.endpoints: list[Endpoint] = []
         self._servers: list[asyncio.AbstractServer] = []
         self._socket_files: list[tuple[str, int]] = []
@@ -47,6 +50,7 @@ class Server:
                     export.size,
                     read_only=export.read_only,
                     description=export.description,
+                    dense=export.dense,
                 )
             self.reclaimer.start()
             for endpoint in self.settings.listen:
@@ -89,6 +93,9 @@ class Server:
         await self.reclaimer.stop()
         with suppress(BufferError):  # a view that a dying connection still holds goes with the process
             self.exports.close()
+        self.service.fetcher.close()
+        for area in self._areas:
+            area.close()
 
 
 async def serve(settings: ServeSettings) -> None:
@@ -103,6 +110,18 @@ async def serve(settings: ServeSettings) -> None:
     await stopping.wait()
     log.info("stopping")
     await server.stop()
+
+
+def _swap_areas(settings: ServeSettings) -> list[SwapArea]:
+    areas: list[SwapArea] = []
+    try:
+        for swap in settings.swap:
+            areas.append(SwapArea(swap.path, swap.max_bytes))
+    except BaseException:
+        for area in areas:
+            area.close()
+        raise
+    return areas
 
 
 def _on_signals(stopping: asyncio.Event) -> None:

@@ -253,6 +253,9 @@ class Server:
         """What it has written to stderr so far."""
         return _text_of(self._log).strip()
 
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
     def stop(self) -> int:
         """SIGTERM; returns the exit status."""
         return end(self._process, grace_s=10)

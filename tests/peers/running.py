@@ -118,6 +118,11 @@ class Server:
                     files[status.st_ino] = status.st_blocks * 512
         return sum(files.values())
 
+    def private_bytes(self) -> int:
+        """What the process takes beside its memory files: RssAnon."""
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) * 1024
+
     def script(self, text: str, export: str = "disk", uri: str = "") -> str:
         """Run lines of Python with libnbd; what they find in scope is in debian/prelude.py."""
         path = self.directory / "script.py"
