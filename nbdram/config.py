@@ -212,6 +212,7 @@ class ServeSettings:
     allow_plaintext: bool = False
     swap: tuple[SwapSettings, ...] = ()
     write_wait_s: float = 20.0
+    control: Path | None = None
 
     def check(self) -> None:
         """What can be said without opening anything."""

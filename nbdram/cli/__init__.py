@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from nbdram import __version__
-from nbdram.cli import info, list_exports, map_extents, serve
+from nbdram.cli import info, list_exports, map_extents, serve, stats
 from nbdram.errors import NbdramError, UsageError
 
 
@@ -14,7 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="nbdram", description="NBD devices that live in RAM.")
     parser.add_argument("--version", action="version", version=f"nbdram {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (serve, list_exports, info, map_extents):
+    for module in (serve, stats, list_exports, info, map_extents):
         module.add(commands)
     parsed = parser.parse_args(arguments)
     try:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from pathlib import Path
 
 import uvloop
 
@@ -57,6 +58,12 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         action="store_true",
         help="allow addresses that others can reach, without encryption",
     )
+    parser.add_argument(
+        "--control",
+        type=Path,
+        metavar="PATH",
+        help="the control socket (default: nbdram.control in the runtime directory)",
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="log every connection")
     parser.set_defaults(run=run)
 
@@ -75,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         allow_plaintext=arguments.allow_plaintext,
         swap=tuple(SwapSettings.parse(text) for text in arguments.swap or ()),
         write_wait_s=arguments.write_wait,
+        control=arguments.control,
     )
     settings.check()
     uvloop.run(serve(settings))

@@ -90,7 +90,7 @@ class Codec:
         if len(packed) != length or _checksum(packed) & 0xFFFFFFFF != checksum:
             raise IntegrityError("the checksum of a cold image does not match")
         if length == self.block_bytes:
-            return packed
+            return bytes(packed)  # a view may still wait to be sent when the image is dropped
         try:
             block: bytes = _decompress(packed, uncompressed_size=self.block_bytes)
         except lz4.block.LZ4BlockError as error:

@@ -5,10 +5,13 @@ everything that it leaves to them: faults, partial pages, first touches.
 """
 
 import errno
+import logging
+import time
 from collections.abc import Iterator
+from typing import Final
 
 from nbdram.memory.budget import Budget
-from nbdram.memory.codec import Codec
+from nbdram.memory.codec import Codec, IntegrityError
 from nbdram.memory.layout import (
     CLUSTER,
     CLUSTER_SHIFT,
@@ -27,7 +30,12 @@ from nbdram.memory.layout import (
     Tier,
     pages_within,
 )
+from nbdram.memory.recent import Recent
 from nbdram.memory.space import Space, tiers_of
+
+log = logging.getLogger("nbdram.device")
+
+_SAMPLED_FAULTS: Final = 63  # every 64th fault from RAM is timed
 
 Buffer = bytes | memoryview
 Piece = tuple[int, int, list[Buffer]]  # start, end (bytes of the device), content
@@ -49,6 +57,10 @@ class Device(Space):
     def __init__(self, name: str, size: int, budget: Budget, codec: Codec | None = None) -> None:
         super().__init__(name, size, budget)
         self.codec = codec or Codec()
+        self.integrity_errors = 0
+        self.ram_faults = 0  # READs answered out of an image in RAM
+        self.refaults = 0  # pages that became resident again after they had been reclaimed
+        self.ram_fault_times = Recent()
 
     def read(self, offset: int, length: int) -> bytes:
         """The plain twin of the hot loop's READ; blocks for what is on disk."""
@@ -89,6 +101,15 @@ class Device(Space):
         word = self.words[cluster]
         if word & pages_within(cluster, offset, end) or word >> TIER_SHIFT & TIER_MASK != Tier.RAM:
             return None
+        self.ram_faults += 1
+        if not self.ram_faults & _SAMPLED_FAULTS:
+            begun = time.perf_counter()
+            content = self._read_image(cluster, word, offset, end)
+            self.ram_fault_times.add(time.perf_counter() - begun)
+            return content
+        return self._read_image(cluster, word, offset, end)
+
+    def _read_image(self, cluster: int, word: int, offset: int, end: int) -> list[Buffer]:
         reference = self.references[cluster]
         base = cluster << CLUSTER_SHIFT
         if reference == Reference.COLD:
@@ -110,7 +131,16 @@ class Device(Space):
         content = image or self.ram.load(cluster, word >> SLOT_SHIFT & 1, length)
         if length == CLUSTER:
             return [memoryview(content)[start:end]]
-        return self.codec.decode(content, start, end)
+        try:
+            return self.codec.decode(content, start, end)
+        except IntegrityError as error:
+            self.note_damage(cluster, error)
+            raise
+
+    def note_damage(self, cluster: int, error: IntegrityError) -> None:
+        """Count and log a damaged image; whoever needs it gets EIO, the rest of the device goes on."""
+        self.integrity_errors += 1
+        log.error("%s: the data at offset %d is lost: %s", self.name, cluster << CLUSTER_SHIFT, error.strerror)
 
     def load_image(self, cluster: int, word: int) -> bytes:
         """A cluster's image from wherever it is; may block."""
@@ -131,6 +161,7 @@ class Device(Space):
         new_pages = mask.bit_count()
         self.budget.free_pages -= new_pages
         self.resident_pages += new_pages
+        self.refaults += new_pages
         self.words[cluster] |= mask
         self.references[cluster] = TOUCHED
 

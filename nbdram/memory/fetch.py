@@ -1,11 +1,14 @@
 """Major faults: images that must be read from disk, in worker threads, one read per image however many wait."""
 
 import asyncio
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
+from nbdram.memory.codec import IntegrityError
 from nbdram.memory.device import Device, FarPage, Image, Images, Piece
 from nbdram.memory.layout import CLUSTER_SHIFT, LENGTH_SHIFT
+from nbdram.memory.recent import Recent
 
 _READERS: Final = 4
 
@@ -17,6 +20,7 @@ class Fetcher:
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="nbdram-fetch")
         self._under_way: dict[tuple[Device, int, int], asyncio.Future[bytes]] = {}
         self.fetched = 0
+        self.times = Recent()
 
     async def gather(self, device: Device, start: int, end: int) -> list[Piece]:
         """What `Device.gather` gives, with everything that is on disk fetched. OSError as the disk gave it."""
@@ -46,13 +50,17 @@ class Fetcher:
             under_way = loop.run_in_executor(self._readers, device.load_image, cluster, word)
             self._under_way[key] = under_way
             under_way.add_done_callback(lambda _: self._under_way.pop(key))
+        begun = time.perf_counter()
         try:
             image = await asyncio.shield(under_way)
-        except OSError:
+        except OSError as error:
             if device.word(cluster) >> LENGTH_SHIFT == word >> LENGTH_SHIFT:
+                if isinstance(error, IntegrityError):
+                    device.note_damage(cluster, error)
                 raise
             return 0, b""
         self.fetched += 1
+        self.times.add(time.perf_counter() - begun)
         return word, image
 
     def close(self) -> None:

@@ -66,8 +66,6 @@ class ReclaimCounters:
         self.incompressible = 0
         self.demoted = 0
         self.thrown_away = 0
-        self.refaults = 0
-        self.integrity_errors = 0
 
 
 @dataclass(slots=True)

@@ -86,6 +86,8 @@ class Space:
         self.references = self.backing.references
         self.resident_pages = 0
         self.cold_pages = 0  # of images in RAM
+        self.cold_clusters = 0  # that have an image in RAM
+        self.disk_clusters = 0  # that have one on disk
         self.index_pages = 0
         self.disk_pages = 0  # of images on disk
         self.senders: set[Sender] = set()
@@ -267,11 +269,13 @@ class Space:
         if word >> TIER_SHIFT & TIER_MASK == Tier.RAM:
             self.ram.drop(cluster, word >> SLOT_SHIFT & 1, length)
             self.cold_pages -= pages
+            self.cold_clusters -= 1
             self.budget.give(pages)
         else:
             assert self.disk
             self.disk.drop(cluster, word >> SLOT_SHIFT & 1, length)
             self.disk_pages -= pages
+            self.disk_clusters -= 1
 
     def discard_image(self, cluster: int, image: int) -> None:
         """Give back an image that was stored, but never became the cluster's."""
@@ -297,9 +301,11 @@ class Space:
         pages = image_pages(image >> LENGTH_SHIFT & LENGTH_MASK)
         if image >> TIER_SHIFT & TIER_MASK == Tier.RAM:
             self.cold_pages += pages
+            self.cold_clusters += 1
             self.budget.free_pages -= pages
         else:
             self.disk_pages += pages
+            self.disk_clusters += 1
         if old & RESIDENT:
             base = cluster << CLUSTER_SHIFT
             self.release(base, base + CLUSTER, (old & RESIDENT).bit_count())
@@ -326,6 +332,11 @@ class Space:
         base = cluster << CLUSTER_SHIFT
         for first, after in page_runs(~self.word(cluster) & RESIDENT):
             self.release(base + first * PAGE, base + after * PAGE, 0)
+        word = self.word(cluster)
+        in_use = word >> SLOT_SHIFT & 1 if word >> TIER_SHIFT & TIER_MASK == Tier.RAM else -1
+        for slot in (0, 1):  # likewise its look at an image that was dropped
+            if slot != in_use:
+                self.ram.drop(cluster, slot, CLUSTER)
 
     def _has(self, page_offset: int) -> bool:
         return bool(self.word(page_offset >> CLUSTER_SHIFT) >> (page_offset >> PAGE_SHIFT & 15) & 1)

@@ -12,9 +12,12 @@ from contextlib import suppress
 from typing import Final
 
 from nbdram.config import Endpoint, ServeSettings
+from nbdram.errors import NbdramError
 from nbdram.memory.budget import Budget
 from nbdram.memory.reclaim import Reclaimer
 from nbdram.memory.tiers.disk import SwapArea
+from nbdram.observe import snapshot
+from nbdram.observe.control import ControlServer, default_path
 from nbdram.server.connection import Connection, Service
 from nbdram.server.exports import Exports
 from nbdram.server.listeners import open_listeners, unlink_if_ours
@@ -32,13 +35,14 @@ class Server:
     def __init__(self, settings: ServeSettings) -> None:
         self.settings = settings
         budget = Budget(settings.memory)
-        self._areas = _swap_areas(settings)
-        self.exports = Exports(budget, self._areas)
+        self.areas = _swap_areas(settings)
+        self.exports = Exports(budget, self.areas)
         self.reclaimer = Reclaimer(budget, self.exports.devices)
         self.service = Service(self.exports)
         self.service.write_wait_s = settings.write_wait_s
         self.endpoints: list[Endpoint] = []
         self._servers: list[asyncio.AbstractServer] = []
+        self._control: ControlServer | None = None
         self._socket_files: list[tuple[str, int]] = []
 
     async def start(self) -> None:
@@ -55,6 +59,7 @@ class Server:
             self.reclaimer.start()
             for endpoint in self.settings.listen:
                 await self._listen(endpoint)
+            self._control = self._open_control()
         except BaseException:
             await self.stop()
             raise
@@ -73,11 +78,23 @@ class Server:
                 self.endpoints.append(Endpoint(host=host, port=port))
                 self._servers.append(await loop.create_server(self._connect, sock=sock, backlog=_BACKLOG))
 
+    def _open_control(self) -> ControlServer | None:
+        """The control socket; if nobody asked for one, a second server on the same host goes without."""
+        try:
+            return ControlServer(self.settings.control or default_path(), lambda: snapshot.take(self))
+        except NbdramError as error:
+            if self.settings.control:
+                raise
+            log.info("no control socket: %s", error)
+            return None
+
     def _connect(self) -> Connection:
         return Connection(self.service)
 
     async def stop(self) -> None:
         """No new connections; requests in flight are answered (bounded in time); memory is given back."""
+        if self._control:
+            self._control.stop()
         for server in self._servers:
             server.close()
         for path, inode in self._socket_files:
@@ -94,7 +111,7 @@ class Server:
         with suppress(BufferError):  # a view that a dying connection still holds goes with the process
             self.exports.close()
         self.service.fetcher.close()
-        for area in self._areas:
+        for area in self.areas:
             area.close()
 
 

@@ -1,0 +1,73 @@
+"""All that a running server can tell of itself, as plain numbers, read when somebody asks."""
+
+from typing import TYPE_CHECKING, Any
+
+from nbdram import __version__
+from nbdram.memory.layout import CLUSTER, PAGE
+from nbdram.memory.recent import Recent
+
+if TYPE_CHECKING:
+    from nbdram.server.exports import Export
+    from nbdram.server.server import Server
+
+Snapshot = dict[str, Any]  # ready for JSON: numbers, strings, and such dictionaries and lists
+
+
+def take(server: "Server") -> Snapshot:
+    """Sizes in bytes, times in seconds, the rest counted since the server started."""
+    budget, reclaimer, fetcher = server.exports.budget, server.reclaimer, server.service.fetcher
+    exports = [_export(export) for export in server.exports]
+    ram_times = Recent()
+    for device in server.exports.devices():
+        ram_times.extend(device.ram_fault_times)
+    counters = server.service.counters
+    return {
+        "version": __version__,
+        "budget": {
+            "limit": budget.limit_pages * PAGE,
+            "used": budget.used_pages * PAGE,
+            "overhead": budget.overhead_pages * PAGE,
+        },
+        "exports": exports,
+        "faults": {
+            "ram": sum(export["ram_faults"] for export in exports),
+            "ram_seconds": _percentiles(ram_times),
+            "disk": fetcher.fetched,
+            "disk_seconds": _percentiles(fetcher.times),
+            "refaulted_pages": sum(export["refaulted_pages"] for export in exports),
+        },
+        "reclaim": vars(reclaimer.counters).copy(),
+        "swap": [
+            {"path": str(area.path), "used": area.used_bytes, "max": area.max_bytes, "failing": area.failing}
+            for area in server.areas
+        ],
+        "connections": len(server.service.connections),
+        "operations": counters.operations.copy(),
+        "read_bytes": counters.read_bytes,
+        "written_bytes": counters.written_bytes,
+        "errors": counters.errors,
+        "handshake_failures": counters.handshake_failures,
+        "write_waits": counters.write_waits,
+    }
+
+
+def _export(export: "Export") -> Snapshot:
+    device = export.device
+    return {
+        "name": export.name,
+        "maximum": device.size,
+        "resident": device.resident_pages * PAGE,
+        "compressed": device.cold_pages * PAGE,
+        "compressed_from": device.cold_clusters * CLUSTER,
+        "disk": device.disk_pages * PAGE,
+        "disk_from": device.disk_clusters * CLUSTER,
+        "index": device.index_pages * PAGE,
+        "ram_faults": device.ram_faults,
+        "integrity_errors": device.integrity_errors,
+        "refaulted_pages": device.refaults,
+        "connections": export.connections,
+    }
+
+
+def _percentiles(times: Recent) -> dict[str, float | None]:
+    return {"p50": times.percentile(0.5), "p99": times.percentile(0.99)}
