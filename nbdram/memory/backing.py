@@ -4,8 +4,10 @@ The kernel's memory files are the allocator. A mapped page that nobody wrote cos
 makes the kernel allocate exactly the page it touches, and MADV_REMOVE gives it back.
 """
 
+import errno
 import mmap
 import os
+from contextlib import suppress
 
 from nbdram.errors import NbdramError
 from nbdram.memory.layout import CLUSTER, CLUSTER_SHIFT, PAGE, WORD_BYTES, round_up
@@ -34,8 +36,7 @@ class Backing:
             raise
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         self.references = mmap.mmap(-1, round_up(clusters, PAGE), flags=flags)
-        # A huge page would make the first touched byte cost 2 MiB.
-        self.references.madvise(mmap.MADV_NOHUGEPAGE)
+        no_huge_pages(self.references)
 
     def close(self) -> None:
         """Give everything back. The caller has released its memoryviews of the maps."""
@@ -54,13 +55,19 @@ def _memory_file(name: str, length: int) -> tuple[int, mmap.mmap]:
     try:
         os.ftruncate(fd, length)
         area = mmap.mmap(fd, length)
-        area.madvise(mmap.MADV_NOHUGEPAGE)
     except OSError as error:
         os.close(fd)
-        if isinstance(error, OSError) and error.errno == 12:  # ENOMEM: no address space
+        if error.errno == errno.ENOMEM:
             raise NbdramError(
                 f"there is no address space left to map {length >> 30} GiB: "
-                "the maxima of all exports together must stay below about 120 TiB"
+                "all exports together can have about 120 TiB on most machines"
             ) from error
         raise
+    no_huge_pages(area)
     return fd, area
+
+
+def no_huge_pages(area: mmap.mmap) -> None:
+    """A huge page would make the first touched byte cost 2 MiB. Kernels without them refuse the advice."""
+    with suppress(OSError):
+        area.madvise(mmap.MADV_NOHUGEPAGE)

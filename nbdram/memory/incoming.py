@@ -2,10 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-from nbdram.memory.layout import CLUSTER_SHIFT, PAGE
+from nbdram.memory.layout import CLUSTER, CLUSTER_SHIFT, PAGE
 
 if TYPE_CHECKING:
     from nbdram.memory.device import Device
+
+_ZEROS = bytes(CLUSTER)
 
 
 class Incoming:
@@ -21,15 +23,21 @@ class Incoming:
         self._claimed = device.missing_pages(offset, end)
         device.budget.take(self._claimed)
         self._device = device
+        self._offset = offset
         self._at = offset
         self._end = end
         self._marked = offset
         device.incoming.add(self)
 
     @property
-    def page(self) -> int:
+    def _page(self) -> int:
         """The offset of the page that is being received into."""
         return self._at & ~(PAGE - 1)
+
+    def unmarked(self) -> tuple[int, int] | None:
+        """The bytes [start, end) of the last page that have arrived, but whose bit is not set yet."""
+        start = max(self._offset, self._page)
+        return (start, self._at) if start < self._at else None
 
     def covers(self, cluster: int) -> bool:
         return self._marked >> CLUSTER_SHIFT <= cluster <= (self._end - 1) >> CLUSTER_SHIFT
@@ -42,20 +50,28 @@ class Incoming:
         """`length` more bytes are in place; True when that was all."""
         self._at += length
         done = self._at == self._end
-        arrived = self._at if done else self.page
+        arrived = self._at if done else self._page
         if arrived > self._marked:
             self._claimed -= self._device.mark_written(self._marked, arrived)
+            self._drop_zeros(self._marked, arrived)
             self._marked = arrived
         if done:
             self._finish()
         return done
 
+    def _drop_zeros(self, start: int, end: int) -> None:
+        """Whole clusters of zeros become holes at once: the inode tables of a new ext4 come as written zeros."""
+        hot = self._device.hot
+        for base in range(-(-start // CLUSTER) * CLUSTER, end - CLUSTER + 1, CLUSTER):
+            if hot[base : base + 8] == _ZEROS[:8] and hot[base : base + CLUSTER] == _ZEROS:
+                self._device.clear(base >> CLUSTER_SHIFT)
+
     def abandon(self) -> None:
         """The rest will never come: keep what arrived in whole pages, leave no stray bytes."""
-        page = self.page
+        unmarked = self.unmarked()
         self._finish()
-        if self._at > self._marked:
-            self._device.release_unmarked(page)
+        if unmarked:
+            self._device.release_unmarked(self._page)
 
     def _finish(self) -> None:
         self._device.incoming.discard(self)

@@ -7,7 +7,7 @@ Invariants, which the hot loop of `server/connection.py` keeps too:
 2. A cluster's reference byte is non-zero if and only if its word is.
 3. A write's bytes are in `hot` before its bits are in the word, and only then is it acknowledged. A page whose bit
    is clear is zero in `hot` (not allocated), but for the one page that each write in progress is being received
-   into (`Incoming`).
+   into (`Incoming`), which then holds what has arrived of it.
 4. The dirty bit is set with the resident bit whenever `hot` differs from the cold image.
 5. The cold image that the word points at is never overwritten in place: a new image goes to the other slot, then
    the word changes in one store, then the old slot is dropped. Fault order: bytes to `hot`, then the word.
@@ -315,17 +315,21 @@ class Space:
         """Give `hot` pages back to the kernel, `pages` of which were resident: the only place that does."""
         for sender in self.senders:
             sender.copy_out(start, end)
-        at = start
-        for page in sorted(incoming.page for incoming in self.incoming):
-            # Bytes of an unfinished write are not ours to punch.
-            if at <= page < end and not self._has(page):
-                if page > at:
-                    self.hot.madvise(mmap.MADV_REMOVE, at, page - at)
-                at = page + PAGE
-        if at < end:
-            self.hot.madvise(mmap.MADV_REMOVE, at, end - at)
+        arrived = self._arrived(start, end) if self.incoming else []
+        self.hot.madvise(mmap.MADV_REMOVE, start, end - start)
+        for at, content in arrived:
+            self.hot[at : at + len(content)] = content
         self.resident_pages -= pages
         self.budget.give(pages)
+
+    def _arrived(self, start: int, end: int) -> list[tuple[int, bytes]]:
+        """What writes in progress have received of pages in [start, end) that have no bit yet: not ours to punch."""
+        found = []
+        for incoming in self.incoming:
+            unmarked = incoming.unmarked()
+            if unmarked and start <= unmarked[0] < end and not self._has(unmarked[0]):
+                found.append((unmarked[0], self.hot[unmarked[0] : unmarked[1]]))
+        return found
 
     def release_stray(self, cluster: int) -> None:
         """Punch what a worker's look at pages that went away meanwhile has made the kernel allocate."""

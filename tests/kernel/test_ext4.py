@@ -138,7 +138,7 @@ def test_files_outlive_the_kernel_that_wrote_them(guest: Guest, server: Server) 
     )
 
 
-def test_requests_of_512_bytes_and_1_kib_are_exact(guest: Guest, server: Server) -> None:
+def test_requests_smaller_than_a_page_touch_nothing_else(guest: Guest, server: Server) -> None:
     boot(
         guest,
         r"""
@@ -151,8 +151,19 @@ def test_requests_of_512_bytes_and_1_kib_are_exact(guest: Guest, server: Server)
         make_ext4 -F -b 1024
         mount_ext4
         verify --directory="$MNT" --size=4M --bs=1k
+
+        # Trims that begin and end amid pages, with neighbours that stay.
+        head -c 1M /dev/urandom | split -b 1500 -a 4 - "$MNT"/piece.
+        sha256sum "$MNT"/piece.* >"$TMPDIR/sums"
+        sync
+        sed -n 's/^[0-9a-f]*  //p;n' "$TMPDIR/sums" | xargs rm
+        sync
+        fstrim "$MNT"
         umount "$MNT"
         check_ext4
+        mount_ext4
+        sed -n 'n;p' "$TMPDIR/sums" | sha256sum --quiet --check
+        umount "$MNT"
         detach
         """,
     )

@@ -139,7 +139,8 @@ class Server:
         """What every test ends with: all memory comes back, SIGTERM ends the server well, nothing was raised."""
         try:
             assert self.process.poll() is None, f"the server has died: {self.stderr()}"
-            self.trim_everything()
+            if self.allocated_bytes():
+                self.trim_everything()
             assert self.allocated_bytes() == 0, "everything was trimmed, but not all memory came back"
         finally:
             self.process.send_signal(signal.SIGTERM)

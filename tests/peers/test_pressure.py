@@ -43,7 +43,7 @@ def test_no_write_is_lost_while_clusters_are_being_compressed(squeezed: Squeezed
     server = squeezed(26, "disk=64M")
     server.script("""
         import time
-        chance, model, number, until = random.Random(5), {}, 0, time.monotonic() + 6
+        chance, model, number, until = random.Random(5), {}, 0, time.monotonic() + 4
         raw = [noise(16384, seed) for seed in range(16)]
         busy = chance.sample(range(1024), 64)
         peers = [connect() for _ in range(4)]

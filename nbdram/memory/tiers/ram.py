@@ -9,6 +9,7 @@ import mmap
 import os
 from typing import Final
 
+from nbdram.memory.backing import no_huge_pages
 from nbdram.memory.layout import CLUSTER, PAGE, round_up
 
 _WINDOW_SHIFT: Final = 38  # 256 GiB
@@ -59,7 +60,7 @@ class RamTier:
             start = at >> _WINDOW_SHIFT << _WINDOW_SHIFT
             length = min(1 << _WINDOW_SHIFT, self._size - start)
             area = mmap.mmap(self.fd, length, offset=start)
-            area.madvise(mmap.MADV_NOHUGEPAGE)
+            no_huge_pages(area)
             window = self._windows[at >> _WINDOW_SHIFT] = (area, memoryview(area))
         return window
 
