@@ -7,27 +7,47 @@ from nbdram.memory.layout import CLUSTER, CLUSTER_SHIFT, PAGE
 if TYPE_CHECKING:
     from nbdram.memory.device import Device
 
+WINDOW_BYTES = 1024 * 1024
 _ZEROS = bytes(CLUSTER)
 
 
 class Incoming:
     """The bytes [offset, end) of a device, on their way.
 
-    The budget for its missing pages is claimed at the start (ENOSPC there harms nothing). Bits are set page by page
-    as bytes arrive, so if the connection dies, every page is either the old one or a new one. Reclaim leaves its
-    clusters alone.
+    The budget for its missing pages is claimed a window at a time, so that a write may be larger than what is free.
+    Bits are set page by page as bytes arrive, so if the connection dies, every page is either the old one or a new
+    one. Reclaim leaves its clusters alone.
     """
 
     def __init__(self, device: "Device", offset: int, end: int) -> None:
-        device.fault_edges(offset, end)
-        self._claimed = device.missing_pages(offset, end)
-        device.budget.take(self._claimed)
         self._device = device
         self._offset = offset
         self._at = offset
         self._end = end
         self._marked = offset
+        self._granted = offset  # as far as memory is claimed
+        self._claimed = 0  # pages
+        self.grant()
         device.incoming.add(self)
+
+    def grant(self) -> None:
+        """Claim memory for the next window; ENOSPC or FarPage, if it must wait, and then nothing changed."""
+        end = min(self._end, -(-(self._granted + WINDOW_BYTES) // PAGE) * PAGE)
+        self._device.fault_edges(self._granted, end)
+        missing = self._device.missing_pages(self._granted, end)
+        self._device.budget.take(missing)
+        self._claimed += missing
+        self._granted = end
+
+    @property
+    def is_held_up(self) -> bool:
+        """Whether it takes another grant to go on."""
+        return self._at == self._granted
+
+    @property
+    def remaining(self) -> tuple[int, int]:
+        """The bytes [start, end) that are still to come."""
+        return self._at, self._end
 
     @property
     def _page(self) -> int:
@@ -40,11 +60,11 @@ class Incoming:
         return (start, self._at) if start < self._at else None
 
     def covers(self, cluster: int) -> bool:
-        return self._marked >> CLUSTER_SHIFT <= cluster <= (self._end - 1) >> CLUSTER_SHIFT
+        return self._marked >> CLUSTER_SHIFT <= cluster <= (self._granted - 1) >> CLUSTER_SHIFT
 
     def view(self) -> memoryview:
-        """Where the rest of the payload belongs."""
-        return self._device.hot_view[self._at : self._end]
+        """Where the next bytes of the payload belong."""
+        return self._device.hot_view[self._at : self._granted]
 
     def received(self, length: int) -> bool:
         """`length` more bytes are in place; True when that was all."""

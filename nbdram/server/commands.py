@@ -9,11 +9,10 @@ import errno
 import mmap
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from nbdram.memory.device import FarPage, Piece
-from nbdram.memory.layout import Tier
+from nbdram.memory.layout import CLUSTER, Tier
 from nbdram.protocol import wire
 from nbdram.protocol.handshake import ReplyMode
 from nbdram.protocol.wire import Command, CommandFlag
@@ -115,8 +114,10 @@ def begin(
                 message = "zeros that stay allocated are not faster than a WRITE"
                 connection.refuse(out, cookie, offset, errno.ENOTSUP, message)
                 return
-            zero = partial(device.zero, keep_allocated=keep)
-            _in_steps(connection, out, cookie, offset, end, zero)
+            if keep:
+                connection.spawn(_write_zeros(connection, cookie, offset, end))
+            else:
+                _in_steps(connection, out, cookie, offset, end, device.zero)
         case Command.BLOCK_STATUS:
             contexts = tuple(connection.contexts)
             connection.spawn(_block_status(connection, flags, cookie, offset, end, contexts))
@@ -156,7 +157,7 @@ def _in_steps(
     except FarPage:  # of a page at an edge: nothing has changed yet
         connection.spawn(_fetch_and_begin(connection, cookie, offset, end, begin))
     except OSError as error:
-        connection.refuse(out, cookie, offset, *_reason(error))
+        connection.refuse(out, cookie, offset, *reason(error))
     else:
         out.append(connection.replies.done(cookie, offset))
 
@@ -166,7 +167,7 @@ async def _fetch_and_begin(connection: "Connection", cookie: int, offset: int, e
         await connection.fetcher.fetch_edges(connection.device, offset, end)
     except OSError as error:
         out: list[Buffer] = []
-        connection.refuse(out, cookie, offset, *_reason(error))
+        connection.refuse(out, cookie, offset, *reason(error))
         connection.send(out)
     else:
         await _finish_steps(connection, cookie, offset, begin(offset, end))
@@ -179,7 +180,31 @@ async def _finish_steps(connection: "Connection", cookie: int, offset: int, step
         for _ in steps:
             await pause()
     except OSError as error:
-        connection.refuse(out, cookie, offset, *_reason(error))
+        connection.refuse(out, cookie, offset, *reason(error))
+    else:
+        out.append(connection.replies.done(cookie, offset))
+    connection.send(out)
+
+
+async def _write_zeros(connection: "Connection", cookie: int, offset: int, end: int) -> None:
+    """WRITE_ZEROES that stay allocated: written, and waiting for memory like a WRITE."""
+    out: list[Buffer] = []
+    pause = _Pause()
+    deadline = time.monotonic() + connection.write_wait_s
+    at = offset
+    try:
+        await connection.fetcher.fetch_edges(connection.device, offset, end)
+        while at < end:
+            stop = min(end, at // CLUSTER * CLUSTER + CLUSTER)
+            try:
+                connection.device.write(at, bytes(stop - at))
+                at = stop
+            except OSError as error:
+                if error.errno != errno.ENOSPC or not await connection.memory_freed(deadline):
+                    raise
+            await pause()
+    except OSError as error:
+        connection.refuse(out, cookie, offset, *reason(error))
     else:
         out.append(connection.replies.done(cookie, offset))
     connection.send(out)
@@ -200,7 +225,8 @@ class _Pause:
             self._until = time.perf_counter() + _SLICE_S
 
 
-def _reason(error: OSError) -> Refusal:
+def reason(error: OSError) -> Refusal:
+    """What to tell the client of an error."""
     return error.errno or errno.EIO, error.strerror or "input/output error"
 
 
@@ -239,7 +265,7 @@ def _read_now(connection: "Connection", out: "list[Buffer]", flags: int, cookie:
     except FarPage:
         connection.spawn(_read(connection, flags, cookie, offset, end))
     except OSError as error:
-        connection.refuse(out, cookie, offset, *_reason(error))
+        connection.refuse(out, cookie, offset, *reason(error))
     else:
         if _in_one_piece(connection, flags):
             out.append(connection.replies.data(cookie, offset, end - offset, offset, last=True))
@@ -279,7 +305,7 @@ async def _read(connection: "Connection", flags: int, cookie: int, offset: int, 
             out.insert(0, connection.replies.data(cookie, offset, end - offset, offset, last=True))
     except OSError as error:
         out = []
-        connection.refuse(out, cookie, offset, *_reason(error))
+        connection.refuse(out, cookie, offset, *reason(error))
     connection.send(out)
 
 

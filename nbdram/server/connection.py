@@ -112,6 +112,7 @@ class Connection(asyncio.BufferedProtocol):
     def __init__(self, service: Service) -> None:
         self._service = service
         self.fetcher = service.fetcher
+        self.write_wait_s = service.write_wait_s
         self._buffer = service.receive_buffer
         self._view = service.receive_view
         self._loop = asyncio.get_running_loop()
@@ -135,7 +136,7 @@ class Connection(asyncio.BufferedProtocol):
         self._held = b""  # an incomplete request, or requests that wait for the stall to end
         self._window = RECEIVE_BYTES  # how much the next recv may bring
         self._incoming: Incoming | None = None
-        self._incoming_reply = b""
+        self._incoming_request = (0, 0)  # its cookie and offset
         self._skip = 0  # bytes of a refused payload that are still to come
         self._skip_reply: Buffer = b""  # the refusal, held back until then
         # sending
@@ -388,7 +389,7 @@ class Connection(asyncio.BufferedProtocol):
         try:
             content = self.device.read_cold(cluster, offset, stop)
         except OSError as error:
-            self.refuse(out, cookie, offset, error.errno or 5, error.strerror or "input/output error")
+            self.refuse(out, cookie, offset, *commands.reason(error))
             return True
         if content is None:
             return False
@@ -468,28 +469,32 @@ class Connection(asyncio.BufferedProtocol):
                     self.device.hot[offset : offset + arrived] = self._view[start:end]
                     incoming.received(arrived)
                 self._incoming = incoming
-                self._incoming_reply = self.replies.done(cookie, offset)
+                self._incoming_request = (cookie, offset)
         except OSError as error:
-            if isinstance(error, FarPage) and not self._fetch_error:
-                self._wait_for_disk(offset, offset + length)
+            if self._wait_for(error, offset, offset + length):
                 return -1
-            if error.errno == errno.ENOSPC and self._wait_for_memory():
-                return -1
-            error, self._fetch_error = self._fetch_error or error, None
             self._count(wire.Command.WRITE)
-            self.refuse(out, cookie, offset, error.errno or 5, error.strerror or "input/output error")
+            self.refuse(out, cookie, offset, *commands.reason(self._fetch_error or error))
+            self._fetch_error = None
             return self._after_payload(start, end, out, length)
         self._starving_since = 0.0
         self._count(wire.Command.WRITE)
         self._service.counters.written_bytes += length
         return start + arrived
 
+    def _wait_for(self, error: OSError, offset: int, end: int) -> bool:
+        """Stall until what kept a WRITE of [offset, end) from going on is over; False if that is to be an error."""
+        if isinstance(error, FarPage) and not self._fetch_error:
+            self._wait_for_disk(offset, end)
+            return True
+        return error.errno == errno.ENOSPC and self._wait_for_memory()
+
     def _wait_for_memory(self) -> bool:
         """Stall until memory is free, and try the WRITE again; False when there is no hope, or it took too long."""
         budget, now = self.device.budget, self._loop.time()
         if not self._starving_since:
             self._starving_since = now
-        left = self._starving_since + self._service.write_wait_s - now
+        left = self._starving_since + self.write_wait_s - now
         if not budget.hopeful or left <= 0:
             self._starving_since = 0.0
             return False
@@ -514,6 +519,19 @@ class Connection(asyncio.BufferedProtocol):
         self._stall()
         self.spawn(fetch())
 
+    async def memory_freed(self, deadline: float) -> bool:
+        """For tasks: wait until memory is free; False when there is no hope, or at `deadline` (monotonic)."""
+        budget = self.device.budget
+        if not budget.hopeful:
+            return False
+        freed = asyncio.Event()
+        budget.waiting.append(freed.set)
+        try:
+            await asyncio.wait_for(freed.wait(), max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            return False
+        return True
+
     def _memory_freed(self) -> None:
         self._loop.call_soon(self._try_again)  # not in the middle of what has just freed it
 
@@ -531,8 +549,26 @@ class Connection(asyncio.BufferedProtocol):
             self._incoming = None
             # More of the same is likely: take only the next header, so that its payload needs no copy.
             self._window = self._header_bytes
-            self._send([self._incoming_reply])
+            self._send([self.replies.done(*self._incoming_request)])
             self._close_if_idle()
+        elif incoming.is_held_up:
+            self._grant(incoming)
+
+    def _grant(self, incoming: Incoming) -> None:
+        """Let a large WRITE go on, wait until it can, or refuse it and pass over the rest of its payload."""
+        try:
+            incoming.grant()
+            self._starving_since = 0.0
+        except OSError as error:
+            if self._wait_for(error, *incoming.remaining):
+                return
+            start, end = incoming.remaining
+            self._abandon_incoming()
+            refusal: list[Buffer] = []
+            reason = self._fetch_error or error
+            self._fetch_error = None
+            self.refuse(refusal, *self._incoming_request, *commands.reason(reason))
+            self._skip, self._skip_reply = end - start, refusal[0]
 
     def _abandon_incoming(self) -> None:
         if self._incoming is not None:
@@ -668,6 +704,8 @@ class Connection(asyncio.BufferedProtocol):
         """Go on with what was held back, if nothing stands in the way any more."""
         if self._stalled and not (self._unsent or self._starved) and len(self._tasks) < MAX_TASKS:
             self._stalled = False
+            if self._incoming is not None and self._incoming.is_held_up:
+                self._grant(self._incoming)
             held, self._held = self._held, b""
             if held and self._incoming is None and not self._closing:
                 self._buffer[: len(held)] = held

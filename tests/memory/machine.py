@@ -120,7 +120,8 @@ class DeviceMachine(RuleBasedStateMachine):
 
     def zeroed(self, start: int, end: int) -> None:
         """[start, end) was zeroed; whole pages may be holes, in which unfinished writes keep what they brought."""
-        before, self.resident = self.resident, self.resident_now()
+        before = self.resident
+        self.settle()
         for page in range(-(-start // PAGE) * PAGE, end // PAGE * PAGE, PAGE):
             kept = [entry for entry in self.pending if entry[1] // PAGE * PAGE == page]
             self.pending = [entry for entry in self.pending if entry not in kept]
@@ -179,7 +180,6 @@ class DeviceMachine(RuleBasedStateMachine):
             self.settle()
             self.put(offset, bytes(end - offset))
         else:
-            self.settle()
             self.zeroed(offset, end)
 
     def adopt(self, start: int, end: int) -> None:

@@ -73,7 +73,7 @@ for at in range(0, h.get_size(), step):
 class Server:
     """`nbdram serve` in a process of its own, on a Unix socket, and on loopback with `tcp`."""
 
-    def __init__(self, directory: Path, exports: tuple[str, ...], memory: str = "512M", tcp: bool = False) -> None:
+    def __init__(self, directory: Path, exports: tuple[str, ...], *options: str, memory: str, tcp: bool) -> None:
         self.directory = directory
         self.socket = directory / "nbd.sock"
         self.exports = exports
@@ -83,6 +83,7 @@ class Server:
             command += ["--listen", "tcp://127.0.0.1:0"]
         for export in exports:
             command += ["--export", export]
+        command += options
         with self._stderr.open("wb") as stderr:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
         self.announced = self._read_announcement(2 * len(exports) * (2 if tcp else 1))

@@ -13,18 +13,18 @@ from .test_nbdinfo import extents_of
 MIB = 1 << 20
 
 
+Squeezed = Callable[..., Server]
+
+
 @pytest.fixture
-def squeezed(serve: Serve) -> Callable[[int, str], Server]:
+def squeezed(serve: Serve) -> Squeezed:
     """Starts a server that has so many MiB for what clients write, whatever the process itself takes."""
     overhead = serve("probe=1M").private_bytes()
 
-    def start(mib: int, export: str) -> Server:
-        return serve(export, memory=str(overhead + mib * MIB))
+    def start(mib: int, export: str, *options: str) -> Server:
+        return serve(export, memory=str(overhead + mib * MIB), options=options)
 
     return start
-
-
-Squeezed = Callable[[int, str], Server]
 
 
 def test_twice_as_much_as_memory_holds_is_kept_compressed(squeezed: Squeezed, tmp_path: Path) -> None:
@@ -38,12 +38,17 @@ def test_twice_as_much_as_memory_holds_is_kept_compressed(squeezed: Squeezed, tm
     assert (tmp_path / "back").read_bytes() == (tmp_path / "image").read_bytes()
 
 
-def test_no_write_is_lost_while_clusters_are_being_compressed(squeezed: Squeezed) -> None:
+@pytest.mark.parametrize(
+    ("mib", "export", "swap"), [(26, "disk=64M", False), (26, "disk=64M,density", False), (16, "disk=64M", True)]
+)
+def test_no_write_is_lost_while_clusters_are_reclaimed(
+    squeezed: Squeezed, tmp_path: Path, mib: int, export: str, swap: bool
+) -> None:
     """Whole and partial overwrites and reads of clusters, a quarter of each incompressible, against a model."""
-    server = squeezed(26, "disk=64M")
+    server = squeezed(mib, export, *(("--swap", f"disk:{tmp_path}") if swap else ()))
     server.script("""
         import time
-        chance, model, number, until = random.Random(5), {}, 0, time.monotonic() + 4
+        chance, model, number, until = random.Random(5), {}, 0, time.monotonic() + 3
         raw = [noise(16384, seed) for seed in range(16)]
         busy = chance.sample(range(1024), 64)
         peers = [connect() for _ in range(4)]
@@ -111,6 +116,15 @@ def test_fio_verifies_more_than_memory_holds(squeezed: Squeezed, tmp_path: Path)
     jobs = fio(tmp_path, server.uri(), *how, *VERIFIED, "--verify_pattern=0x6e62647261", "--verify_interval=4096")
     assert len(jobs) == 4
     assert server.allocated_bytes() < 40 * MIB
+
+
+def test_fio_verifies_random_data_four_times_as_large_as_memory_with_a_disk(squeezed: Squeezed, tmp_path: Path) -> None:
+    server = squeezed(16, "disk=64M", "--swap", f"disk:{tmp_path}")
+    how = ("--rw=randwrite", "--bsrange=4k-128k", "--iodepth=16", "--size=16M", "--numjobs=4", "--offset_increment=16M")
+    jobs = fio(tmp_path, server.uri(), *how, *VERIFIED)
+    assert len(jobs) == 4
+    assert 3 in {tier for _, _, tier in extents_of(server.uri(), "x-nbdram:tier")}
+    assert server.allocated_bytes() < 24 * MIB
 
 
 def test_a_full_budget_is_enospc_and_trimming_makes_room(squeezed: Squeezed) -> None:
