@@ -213,6 +213,7 @@ class ServeSettings:
     swap: tuple[SwapSettings, ...] = ()
     write_wait_s: float = 20.0
     control: Path | None = None
+    follow_pressure: bool = False
 
     def check(self) -> None:
         """What can be said without opening anything."""

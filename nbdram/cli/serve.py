@@ -13,12 +13,15 @@ from nbdram.config import (
     ServeSettings,
     SwapSettings,
     default_listen,
+    format_size,
     parse_listen,
     parse_size,
 )
-from nbdram.memory.available import default_budget
+from nbdram.memory.available import cgroup_limits, default_budget
 from nbdram.server.connection import WRITE_WAIT_S
 from nbdram.server.server import serve
+
+log = logging.getLogger("nbdram")
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -38,7 +41,9 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "(default: nbdram.sock in the runtime directory, and tcp://127.0.0.1:10809)",
     )
     parser.add_argument(
-        "--memory", metavar="SIZE", help="RAM for everything the server holds (default: half of what is available)"
+        "--memory",
+        metavar="SIZE",
+        help="RAM for everything the server holds (default: half of what is available; auto: that, less under pressure)",
     )
     parser.add_argument(
         "--swap",
@@ -78,7 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
     settings = ServeSettings(
         exports=exports or (ExportSettings(DEFAULT_EXPORT_NAME, DEFAULT_EXPORT_SIZE),),
         listen=listen or default_listen(),
-        memory=parse_size(arguments.memory) if arguments.memory else default_budget(),
+        memory=_memory(arguments.memory),
+        follow_pressure=arguments.memory == "auto",
         allow_plaintext=arguments.allow_plaintext,
         swap=tuple(SwapSettings.parse(text) for text in arguments.swap or ()),
         write_wait_s=arguments.write_wait,
@@ -87,6 +93,19 @@ def run(arguments: argparse.Namespace) -> int:
     settings.check()
     uvloop.run(serve(settings))
     return 0
+
+
+def _memory(text: str | None) -> int:
+    """The budget asked for, or the default; never more than a control group allows."""
+    if text is None or text == "auto":
+        return default_budget()
+    asked = parse_size(text)
+    allowed = min(cgroup_limits(), default=asked)
+    if asked > allowed:
+        log.warning(
+            "--memory %s is more than the control group allows: using %s", format_size(asked), format_size(allowed)
+        )
+    return min(asked, allowed)
 
 
 def _seconds(text: str) -> float:

@@ -11,9 +11,10 @@ import sys
 from contextlib import suppress
 from typing import Final
 
-from nbdram.config import Endpoint, ServeSettings
+from nbdram.config import MIN_MEMORY, Endpoint, ServeSettings
 from nbdram.errors import NbdramError
 from nbdram.memory.budget import Budget
+from nbdram.memory.pressure import INTERVAL_S, AutoBudget, pressure_file
 from nbdram.memory.reclaim import Reclaimer
 from nbdram.memory.tiers.disk import SwapArea
 from nbdram.observe import snapshot
@@ -43,6 +44,7 @@ class Server:
         self.endpoints: list[Endpoint] = []
         self._servers: list[asyncio.AbstractServer] = []
         self._control: ControlServer | None = None
+        self._pressure: asyncio.Task[None] | None = None
         self._socket_files: list[tuple[str, int]] = []
 
     async def start(self) -> None:
@@ -60,6 +62,8 @@ class Server:
             for endpoint in self.settings.listen:
                 await self._listen(endpoint)
             self._control = self._open_control()
+            if self.settings.follow_pressure:
+                self._pressure = asyncio.create_task(self._follow_pressure())
         except BaseException:
             await self.stop()
             raise
@@ -78,6 +82,16 @@ class Server:
                 self.endpoints.append(Endpoint(host=host, port=port))
                 self._servers.append(await loop.create_server(self._connect, sock=sock, backlog=_BACKLOG))
 
+    async def _follow_pressure(self) -> None:
+        path = pressure_file()
+        if path is None:
+            log.warning("--memory auto: this kernel does not tell memory pressure; the budget stays as it is")
+            return
+        auto = AutoBudget(self.exports.budget, path, MIN_MEMORY)
+        while True:
+            await asyncio.sleep(INTERVAL_S)
+            auto.step()
+
     def _open_control(self) -> ControlServer | None:
         """The control socket; if nobody asked for one, a second server on the same host goes without."""
         try:
@@ -93,6 +107,8 @@ class Server:
 
     async def stop(self) -> None:
         """No new connections; requests in flight are answered (bounded in time); memory is given back."""
+        if self._pressure:
+            self._pressure.cancel()
         if self._control:
             self._control.stop()
         for server in self._servers:

@@ -1,0 +1,52 @@
+"""The budget that follows memory pressure, on files like the kernel's."""
+
+from pathlib import Path
+
+from nbdram.memory.budget import Budget
+from nbdram.memory.layout import PAGE
+from nbdram.memory.pressure import AutoBudget, pressure_file, read_pressure
+
+MIB = 1 << 20
+
+
+def write_pressure(path: Path, percent: float) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"some avg10={percent:.2f} avg60=3.00 avg300=1.00 total=5\nfull avg10=0.00 avg60=0 avg300=0 total=0\n")
+
+
+def test_the_last_ten_seconds_are_read(tmp_path: Path) -> None:
+    write_pressure(tmp_path / "memory", 12.5)
+    assert read_pressure(tmp_path / "memory") == 12.5
+
+
+def test_the_own_control_group_comes_before_the_machine(tmp_path: Path) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/job\n")
+    write_pressure(tmp_path / "proc/pressure/memory", 0)
+    assert pressure_file(tmp_path / "proc", tmp_path / "cg") == tmp_path / "proc/pressure/memory"
+    write_pressure(tmp_path / "cg/job/memory.pressure", 0)
+    assert pressure_file(tmp_path / "proc", tmp_path / "cg") == tmp_path / "cg/job/memory.pressure"
+
+
+def test_a_kernel_that_tells_no_pressure_has_no_file(tmp_path: Path) -> None:
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self/cgroup").write_text("5:memory:/job\n")
+    assert pressure_file(tmp_path, tmp_path / "cg") is None
+
+
+def test_pressure_lowers_the_budget_and_quiet_raises_it_again(tmp_path: Path) -> None:
+    budget, path = Budget(100 * MIB), tmp_path / "memory"
+    auto = AutoBudget(budget, path, 50 * MIB)
+    write_pressure(path, 40)
+    auto.step()
+    assert budget.limit_pages * PAGE <= 90 * MIB
+    for _ in range(20):
+        auto.step()
+    assert budget.limit_pages * PAGE == 50 * MIB
+    write_pressure(path, 5)
+    auto.step()
+    assert budget.limit_pages * PAGE == 50 * MIB
+    write_pressure(path, 0)
+    for _ in range(30):
+        auto.step()
+    assert budget.limit_pages * PAGE == 100 * MIB
