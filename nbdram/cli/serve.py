@@ -43,7 +43,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser.add_argument(
         "--memory",
         metavar="SIZE",
-        help="RAM for everything the server holds (default: half of what is available; auto: that, less under pressure)",
+        help="RAM for everything the server holds (default: half of what is available; auto: less under pressure)",
     )
     parser.add_argument(
         "--swap",

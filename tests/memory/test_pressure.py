@@ -11,7 +11,8 @@ MIB = 1 << 20
 
 def write_pressure(path: Path, percent: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"some avg10={percent:.2f} avg60=3.00 avg300=1.00 total=5\nfull avg10=0.00 avg60=0 avg300=0 total=0\n")
+    some = f"some avg10={percent:.2f} avg60=3.00 avg300=1.00 total=5"
+    path.write_text(some + "\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=0\n")
 
 
 def test_the_last_ten_seconds_are_read(tmp_path: Path) -> None:
