@@ -1,4 +1,4 @@
-"""`python -m bench [serving|scale]`: measure, print tables, keep the raw figures if asked to."""
+"""`python -m bench [serving|paging|scale]`: measure, print tables, keep the raw figures if asked to."""
 
 import argparse
 import json
@@ -8,15 +8,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NoReturn
 
-from bench import host, report, scale, serving
-from bench.errors import BenchError
+from bench import host, paging, report, scale, serving
+from bench.errors import BenchError, NoMatch
 from bench.options import Found, Options
 from bench.servers import PEERS
+from nbdram.config import parse_size
+from nbdram.errors import UsageError
 
 SECTIONS: Final[Mapping[str, Callable[[Options], Found]]] = {
     "serving": serving.run,
+    "paging": paging.run,
     "scale": scale.run,
 }
+DEFAULT_SECTIONS: Final = ("serving", "paging")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,15 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         only=parsed.only,
         peers=parsed.peers,
         patience=parsed.patience,
+        budget=parsed.budget,
     )
+    sections = (parsed.section,) if parsed.section else DEFAULT_SECTIONS
     signal.signal(signal.SIGTERM, _terminated)
     host.raise_file_limit()
     try:
         facts = host.facts([serving.OURS, *options.peers])
         print(report.heading(facts), end="\n\n", flush=True)
-        found = SECTIONS[parsed.section](options)
+        found = _run(sections, options)
         if parsed.json:
-            content = {"host": facts, "section": parsed.section, "found": found}
+            content = {"host": facts, "found": found}
             parsed.json.write_text(json.dumps(content, indent=1) + "\n")
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
@@ -45,13 +51,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _run(sections: Sequence[str], options: Options) -> dict[str, Found]:
+    """The figures of each section that has something to run."""
+    found = {}
+    for number, name in enumerate(sections, 1):
+        try:
+            found[name] = SECTIONS[name](options)
+        except NoMatch:
+            if number == len(sections) and not found:
+                raise
+        print(flush=True)
+    return found
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("section", nargs="?", choices=SECTIONS, default="serving")
+    parser.add_argument("section", nargs="?", choices=SECTIONS, help="default: serving and paging")
     parser.add_argument("--rounds", type=_positive, default=5, help="of every job (default 5)")
     parser.add_argument("--seconds", type=float, default=2.0, help="of one job (default 2)")
     parser.add_argument("--only", metavar="PATTERN", default="", help="jobs or parts that match")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--budget", type=_size, default="512M", metavar="SIZE", help="RAM in paging (default 512M)")
     peers = ",".join(PEERS)
     parser.add_argument("--peers", type=_peers, default=tuple(PEERS), help=f"default: {peers}")
     parser.add_argument(
@@ -68,6 +88,13 @@ def _positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise ValueError
     return number
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _peers(text: str) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ class MemoryLimit:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._directory = Path()
-        self._usage = Path()
+        self._limit_file = self._usage_file = Path()
 
     @staticmethod
     def available() -> bool:
@@ -35,10 +35,10 @@ class MemoryLimit:
         try:
             parent, limit, usage = _place()
             self._directory = parent / f"nbdram-bench-{os.getpid()}-{next(_numbers)}"
-            self._usage = self._directory / usage
+            self._limit_file, self._usage_file = self._directory / limit, self._directory / usage
             self._directory.mkdir()
             try:
-                (self._directory / limit).write_text(str(self._limit))
+                self.set_limit(self._limit)
             except OSError:
                 self._directory.rmdir()
                 raise
@@ -57,8 +57,12 @@ class MemoryLimit:
     def add(self, pid: int) -> None:
         (self._directory / "cgroup.procs").write_text(str(pid))
 
+    def set_limit(self, limit: int) -> None:
+        """OSError if it is lower than what is used, and that can't be given back."""
+        self._limit_file.write_text(str(limit))
+
     def used_bytes(self) -> int:
-        return int(self._usage.read_text())
+        return int(self._usage_file.read_text())
 
 
 def _place() -> tuple[Path, str, str]:

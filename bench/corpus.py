@@ -46,7 +46,7 @@ def ext4_image(path: Path, size: int, staging: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with suppress(OSError):
             shutil.copyfile(name, target)
-    command = ["mkfs.ext4", "-q", "-F", "-d", staging, path, f"{size >> 10}k"]
+    command = ["mkfs.ext4", "-q", "-F", "-d", str(staging), str(path), f"{size >> 10}k"]
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:

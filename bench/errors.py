@@ -3,3 +3,7 @@
 
 class BenchError(Exception):
     """A tool is missing, a server did not start, a job failed."""
+
+
+class NoMatch(BenchError):
+    """A pattern matches nothing that there is to measure."""

@@ -42,6 +42,7 @@ class Outcome:
     p50_us: float
     p99_us: float
     p999_us: float
+    max_us: float
     client_cores: float  # CPU time of fio per second of the job: 1.0 is one core full
 
 
@@ -125,5 +126,6 @@ def _outcome(job: Job, found: dict[str, Any]) -> Outcome:
         p50_us=percentile["50.000000"] / 1000,
         p99_us=percentile["99.000000"] / 1000,
         p999_us=percentile["99.900000"] / 1000,
+        max_us=total["lat_ns"]["max"] / 1000,
         client_cores=(found["usr_cpu"] + found["sys_cpu"]) / 100 * job.connections,
     )

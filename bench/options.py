@@ -13,3 +13,4 @@ class Options:
     only: str  # a regular expression: names of jobs (serving) or parts (scale)
     peers: tuple[str, ...]
     patience: float  # seconds to wait, in all, for other processes to leave the machine alone
+    budget: int  # bytes of RAM for each server (paging)

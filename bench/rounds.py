@@ -17,7 +17,7 @@ from bench.fio import Job
 from bench.options import Options
 from bench.servers import Server
 
-_DISTURBED_CORES: Final = 0.15  # others' work, from which on a sample is taken again
+DISTURBED_CORES: Final = 0.15  # others' work, from which on a sample is taken again
 _GLANCE_S: Final = 0.5
 
 
@@ -58,7 +58,7 @@ def measure(jobs: Sequence[Job], servers: Sequence[Server], options: Options) ->
             first = number % len(servers)
             for server in (*servers[first:], *servers[:first]):
                 sample = _sample(job, server, options.seconds)
-                while sample.others > _DISTURBED_CORES and patience.wait_for_quiet():
+                while sample.others > DISTURBED_CORES and patience.wait_for_quiet():
                     again = _sample(job, server, options.seconds)
                     sample = min(sample, again, key=lambda s: s.others)
                 samples[server.name].append(sample)
@@ -78,7 +78,7 @@ class _Patience:
             before = proc.machine_cpu_s()
             time.sleep(_GLANCE_S)
             self._left_s -= _GLANCE_S
-            if (proc.machine_cpu_s() - before) / _GLANCE_S <= _DISTURBED_CORES:
+            if (proc.machine_cpu_s() - before) / _GLANCE_S <= DISTURBED_CORES:
                 return True
         return False
 
@@ -110,6 +110,10 @@ class _Watch:
         now = self._now()
         elapsed, machine, server, fio_s = (b - a for a, b in zip(self._before, now, strict=True))
         return server, max(0.0, machine - server - fio_s) / elapsed
+
+
+def disturbed(samples: Sequence[Sample]) -> bool:
+    return any(sample.others > DISTURBED_CORES for sample in samples)
 
 
 def median(samples: Sequence[Sample], figure: Figure) -> float:

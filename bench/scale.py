@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Final
 
 from bench import fio, idle, report, rounds
-from bench.errors import BenchError
+from bench.errors import NoMatch
 from bench.fio import Job
 from bench.host import need_memory
 from bench.options import Found, Options
@@ -39,7 +39,7 @@ def run(options: Options) -> Found:
     }
     chosen = [name for name in parts if re.search(options.only, name, re.IGNORECASE)]
     if not chosen:
-        raise BenchError(f"no part matches {options.only!r}: {', '.join(parts)}")
+        raise NoMatch(f"no part matches {options.only!r}: {', '.join(parts)}")
     found: dict[str, object] = {}
     for name in chosen:
         found[name] = parts[name](options)
@@ -64,11 +64,12 @@ def speed(options: Options) -> Found:
     rows = []
     for name, found in samples.items():
         row = [name, f"{rounds.median(found, rounds.speed) / 1000:.1f}"]
+        others = max(sample.others for sample in found)
         for figure in (rounds.speed, rounds.cpu):
             values = rounds.ratios(found, samples[_PLAIN], figure)
             row += [f"{statistics.median(values):.2f}", report.span(values)]
-        rows.append(row)
-    head = ["export", "kIOPS", "ratio", "range", "ratio CPU", "range"]
+        rows.append([*row, f"{others:.2f}"])
+    head = ["export", "kIOPS", "ratio", "range", "ratio CPU", "range", "others"]
     print(report.table(f"nbdram: {_READS.name}, by size and idle connections", head, rows))
     return rounds.as_json(results)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from bench import fio, report, rounds
-from bench.errors import BenchError
+from bench.errors import NoMatch
 from bench.fio import Job
 from bench.host import need_memory
 from bench.options import Found, Options
@@ -36,7 +36,8 @@ class Target:
 
 _DETAIL_NOTE: Final = """\
 fio: cores that fio kept busy. Near 1.00 it is fio that limits the speed: the server could do more.
-others: cores that other processes took at worst. Far above 0, the figures are not to be trusted."""
+others: cores that other processes took at worst. Far above 0, the figures are not to be trusted,
+and there is a question mark behind "met"."""
 
 MIXED: Final = ("--rwmixread=70",)
 
@@ -59,7 +60,7 @@ def run(options: Options) -> Found:
     chosen = [job for job in TARGETS if re.search(options.only, job.name, re.IGNORECASE)]
     if not chosen:
         known = ", ".join(job.name for job in TARGETS)
-        raise BenchError(f"no job matches {options.only!r}: {known}")
+        raise NoMatch(f"no job matches {options.only!r}: {known}")
     names = [OURS, *options.peers]
     need_memory(len(names) + 1)
     servers = [nbdram({"ram": _SIZE}), *(PEERS[peer](_SIZE) for peer in options.peers)]
@@ -99,6 +100,8 @@ def _verdict(job: Job, samples: JobSamples) -> list[str]:
     speed, cpu = statistics.median(speeds), statistics.median(cpus)
     target = TARGETS.get(job)
     met = "-" if target is None else "yes" if target.is_met(speed, cpu) else "no"
+    if rounds.disturbed([*samples[OURS], *samples[YARDSTICK]]):
+        met += "?"
     return [f"{speed:.2f}", report.span(speeds), f"{cpu:.2f}", str(target or "-"), met]
 
 

@@ -30,7 +30,8 @@ class Usage:
     """What zram holds, in bytes; see `mm_stat` in the kernel's documentation."""
 
     stored: int  # as much data was written
-    used: int  # by its allocator
+    compressed: int  # that is what it was compressed to
+    used: int  # by the allocator, for that
     metadata: int
 
     @property
@@ -86,8 +87,8 @@ class Zram:
 
     def usage(self) -> Usage:
         fields = [int(field) for field in (_BLOCK / self._name / "mm_stat").read_text().split()]
-        stored, _, used = fields[:3]
-        return Usage(stored, used, metadata_bytes(self.size, stored))
+        stored, compressed, used = fields[:3]
+        return Usage(stored, compressed, used, metadata_bytes(self.size, stored))
 
     def write(self, source: Path) -> None:
         """Store a file, without its holes and pages of zeros, and without the page cache."""

@@ -134,7 +134,7 @@ class Server:
         for export in self.exports:
             name, _, rest = export.partition("=")
             if ",ro" not in rest:
-                run("nbdsh", "-u", self.uri(name), "-c", TRIM_EVERYTHING)
+                self.script(TRIM_EVERYTHING, export=name)
 
     def finish(self) -> None:
         """What every test ends with: all memory comes back, SIGTERM ends the server well, nothing was raised."""

@@ -48,7 +48,7 @@ def test_no_write_is_lost_while_clusters_are_reclaimed(
     server = squeezed(mib, export, *(("--swap", f"disk:{tmp_path}") if swap else ()))
     server.script("""
         import time
-        chance, model, number, until = random.Random(5), {}, 0, time.monotonic() + 3
+        chance, model, number, until = random.Random(5), {}, 0, time.monotonic() + 2
         raw = [noise(16384, seed) for seed in range(16)]
         busy = chance.sample(range(1024), 64)
         peers = [connect() for _ in range(4)]
