@@ -2,7 +2,7 @@
 
 from nbdram.memory.codec import INCOMPRESSIBLE_BYTES
 from nbdram.memory.device import Device
-from nbdram.memory.layout import DIRTY_SHIFT, LENGTH_SHIFT, RESIDENT, SLOT_SHIFT
+from nbdram.memory.layout import DIRTY_SHIFT, LENGTH_SHIFT, RESIDENT, SLOT_SHIFT, Tier, cold_word
 from tests.helpers import CLUSTER
 
 
@@ -23,7 +23,7 @@ def evict(device: Device, cluster: int) -> bool:
         return False
     slot = 1 - (word >> SLOT_SHIFT & 1) if word >> LENGTH_SHIFT else 0
     device.ram.store(cluster, slot, image)
-    device.take_image(cluster, slot, length)
+    device.take_image(cluster, cold_word(length, slot, Tier.RAM))
     return True
 
 
