@@ -151,10 +151,15 @@ class Device(Space):
         return self.disk.load(cluster, slot, length)
 
     def _fault(self, cluster: int, start: int, end: int, image: bytes | None = None) -> None:
-        """Copy the missing pages [start, end) of a cluster out of its image to `hot`, clean."""
+        """Copy the missing pages [start, end) of a cluster out of its image to `hot`, clean.
+
+        What a write in progress has received of them stays; such a page is dirty.
+        """
         base = cluster << CLUSTER_SHIFT
+        pieces = self.decode(cluster, self.words[cluster], start - base, end - base, image)
+        arrived = self.arrived(start, end) if self.incoming else []
         at = start
-        for piece in self.decode(cluster, self.words[cluster], start - base, end - base, image):
+        for piece in pieces:
             self.hot[at : at + len(piece)] = piece
             at += len(piece)
         mask = pages_within(cluster, start, end)
@@ -164,6 +169,9 @@ class Device(Space):
         self.refaults += new_pages
         self.words[cluster] |= mask
         self.references[cluster] = TOUCHED
+        for at, content in arrived:
+            self.hot[at : at + len(content)] = content
+            self.mark_written(at, at + len(content))
 
     def gather(self, offset: int, end: int, images: Images | None = None) -> list[Piece]:
         """[offset, end) as neighbouring (start, end, buffers), an empty list for a hole; touches the clusters.

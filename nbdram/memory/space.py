@@ -29,6 +29,7 @@ from nbdram.memory.budget import Budget
 from nbdram.memory.layout import (
     CLUSTER,
     CLUSTER_SHIFT,
+    DIRTY_SHIFT,
     LENGTH_MASK,
     LENGTH_SHIFT,
     PAGE,
@@ -315,14 +316,14 @@ class Space:
         """Give `hot` pages back to the kernel, `pages` of which were resident: the only place that does."""
         for sender in self.senders:
             sender.copy_out(start, end)
-        arrived = self._arrived(start, end) if self.incoming else []
+        arrived = self.arrived(start, end) if self.incoming else []
         self.hot.madvise(mmap.MADV_REMOVE, start, end - start)
         for at, content in arrived:
             self.hot[at : at + len(content)] = content
         self.resident_pages -= pages
         self.budget.give(pages)
 
-    def _arrived(self, start: int, end: int) -> list[tuple[int, bytes]]:
+    def arrived(self, start: int, end: int) -> list[tuple[int, bytes]]:
         """What writes in progress have received of pages in [start, end) that have no bit yet: not ours to punch."""
         found = []
         for incoming in self.incoming:
@@ -346,8 +347,12 @@ class Space:
         return bool(self.word(page_offset >> CLUSTER_SHIFT) >> (page_offset >> PAGE_SHIFT & 15) & 1)
 
     def release_unmarked(self, page_offset: int) -> None:
-        """Punch a page that an abandoned write had begun to fill, unless it is somebody's by now."""
-        if not self._has(page_offset):
+        """Punch a page that an abandoned write had begun to fill; if it is somebody's by now, what arrived stays."""
+        if self._has(page_offset):
+            cluster = page_offset >> CLUSTER_SHIFT
+            self.words[cluster] |= 1 << (page_offset >> PAGE_SHIFT & 15) << DIRTY_SHIFT
+            self.references[cluster] = Reference.TOUCHED
+        else:
             self.release(page_offset, page_offset + PAGE, 0)
 
     def count_index_page(self, cluster: int) -> None:
