@@ -7,7 +7,7 @@ from nbdram.client.session import Session
 from nbdram.config import format_size, parse_nbd_uri
 from nbdram.protocol import client_handshake as handshake
 from nbdram.protocol.handshake import ReplyMode
-from nbdram.protocol.wire import TransmissionFlag
+from nbdram.protocol.wire import IDENTITY_CONTEXT, TransmissionFlag
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -23,9 +23,11 @@ def run(arguments: argparse.Namespace) -> int:
     with Session(endpoint) as session:
         mode = session.run(handshake.agree_on_replies(modes))
         export = session.run(handshake.info(name))
-        contexts = []
+        contexts, identity = [], ""
         if mode is not ReplyMode.SIMPLE:
-            contexts = session.run(handshake.list_contexts(name))
+            listed = session.run(handshake.list_contexts(name))
+            contexts = [context for context in listed if not context.startswith(IDENTITY_CONTEXT)]
+            identity = session.run(handshake.identity(name))
         session.run(handshake.abort())
     flags = [flag.name.lower() for flag in TransmissionFlag if flag & export.flags and flag.name]
     minimum, preferred, maximum = export.blocks
@@ -33,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         facts = {
             "name": export.name,
             "description": export.description,
+            "identity": identity,
             "size": export.size,
             "flags": flags,
             "block_size": {"minimum": minimum, "preferred": preferred, "maximum": maximum},
@@ -44,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows = [
         ("name", export.name),
         ("description", export.description),
+        ("identity", identity),
         ("size", f"{export.size} ({format_size(export.size)})"),
         ("flags", " ".join(flags)),
         ("block size", f"minimum {minimum}, preferred {preferred}, maximum {maximum}"),

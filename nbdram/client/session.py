@@ -131,6 +131,19 @@ class Session:
         return bytes(pieces)
 
 
+def read_identity(endpoint: Endpoint, name: str) -> str:
+    """The UUID of the device behind an export; "" if the server does not tell. NbdramError if it can't be asked.
+
+    Takes a connection of its own, because contexts go with structured replies, which a kernel does not speak.
+    """
+    with Session(endpoint) as session:
+        if session.run(ours.agree_on_replies((ReplyMode.STRUCTURED,))) is ReplyMode.SIMPLE:
+            return ""
+        identity = session.run(ours.identity(name))
+        session.run(ours.abort())
+    return identity
+
+
 def _dial(endpoint: Endpoint) -> socket.socket:
     if endpoint.path:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

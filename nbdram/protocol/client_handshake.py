@@ -76,9 +76,17 @@ def set_contexts(name: str, contexts: Sequence[str]) -> Steps[dict[int, str]]:
     return (yield from _contexts(Option.SET_META_CONTEXT, name, contexts))
 
 
-def list_contexts(name: str) -> Steps[list[str]]:
-    """The names of all contexts of an export."""
-    yield _option(Option.LIST_META_CONTEXT, _string(name) + wire.U32.pack(0))
+def identity(name: str) -> Steps[str]:
+    """The UUID of an export's device; "" if the server does not tell. Needs structured replies, as all contexts do."""
+    prefix = wire.IDENTITY_CONTEXT + "="
+    found = yield from list_contexts(name, wire.IDENTITY_CONTEXT)
+    return next((context.removeprefix(prefix) for context in found if context.startswith(prefix)), "")
+
+
+def list_contexts(name: str, *queries: str) -> Steps[list[str]]:
+    """The names of an export's contexts: of all, or of those that `queries` name."""
+    asked = wire.U32.pack(len(queries)) + b"".join(map(_string, queries))
+    yield _option(Option.LIST_META_CONTEXT, _string(name) + asked)
     found: list[str] = []
     while True:
         kind, data = yield from _reply(Option.LIST_META_CONTEXT)

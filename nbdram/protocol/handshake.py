@@ -36,12 +36,17 @@ class TlsPolicy(Enum):
 
 @dataclass(frozen=True)
 class ExportInfo:
-    """What the handshake tells of an export; size in bytes, `flags` are transmission flags."""
+    """What the handshake tells of an export; size in bytes, `flags` are transmission flags.
+
+    `identity` is the UUID of its device: the same after a restart that kept the data, another one after one that
+    did not.
+    """
 
     name: str
     size: int
     flags: int
     description: str = ""
+    identity: str = ""
 
 
 class Catalogue(Protocol):
@@ -291,10 +296,13 @@ class Handshake:
         chosen = {
             number: context
             for context, number in wire.CONTEXT_IDS.items()
-            if context in queries or (listing and _lists(queries, context))
+            if (_lists(queries, context) if listing else context in queries)
         }
         for number, context in chosen.items():
             payload = wire.U32.pack(0 if listing else number) + context.encode()
+            self._reply(option, OptionReply.META_CONTEXT, payload)
+        if listing and export.identity and _lists(queries, wire.IDENTITY_CONTEXT):
+            payload = wire.U32.pack(0) + f"{wire.IDENTITY_CONTEXT}={export.identity}".encode()
             self._reply(option, OptionReply.META_CONTEXT, payload)
         self._reply(option, OptionReply.ACK)
         if not listing:
@@ -324,7 +332,7 @@ class Handshake:
 def _lists(queries: list[str], context: str) -> bool:
     """Whether LIST_META_CONTEXT names `context`: no query lists all, `base:` all of a namespace."""
     namespace = context.partition(":")[0] + ":"
-    return not queries or namespace in queries
+    return not queries or namespace in queries or context in queries
 
 
 class _Fields:

@@ -139,6 +139,8 @@ class Error(IntEnum):
 # -- meta contexts ----------------------------------------------------------------------------------
 BASE_ALLOCATION: Final = "base:allocation"
 TIER_CONTEXT: Final = "x-nbdram:tier"
+# Listed as x-nbdram:id=UUID, never selected: it says which device an export is, whatever its name.
+IDENTITY_CONTEXT: Final = "x-nbdram:id"
 CONTEXT_IDS: Final = {BASE_ALLOCATION: 1, TIER_CONTEXT: 2}
 
 STATE_HOLE: Final = 1 << 0

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from uuid import UUID, uuid4
 
 from nbdram.errors import UsageError
 from nbdram.memory.budget import Budget
@@ -27,18 +28,22 @@ _FLAGS = (
 
 
 class Export:
-    """A device under a name. Reads and writes of all its connections see the same bytes at once."""
+    """A device under a name. Reads and writes of all its connections see the same bytes at once.
 
-    def __init__(self, name: str, device: Device, *, read_only: bool, description: str) -> None:
+    `identity` is the device's UUID: clients that come back tell by it whether they find their data.
+    """
+
+    def __init__(self, name: str, device: Device, identity: UUID, *, read_only: bool, description: str) -> None:
         self.name = name
         self.device = device
+        self.identity = identity
         self.read_only = read_only
         self.description = description
         self.connections = 0
 
     def info(self) -> ExportInfo:
         flags = _FLAGS | (Flag.READ_ONLY if self.read_only else 0)
-        return ExportInfo(self.name, self.device.size, int(flags), self.description)
+        return ExportInfo(self.name, self.device.size, int(flags), self.description, str(self.identity))
 
 
 class Exports:
@@ -59,7 +64,7 @@ class Exports:
         device = Device(name, size, self.budget, Codec(CLUSTER) if dense else None)
         if self._areas:
             device.disk = DiskTier(self._areas, self._disk_writer)
-        export = Export(name, device, read_only=read_only, description=description)
+        export = Export(name, device, uuid4(), read_only=read_only, description=description)
         self._by_name[name] = export
         return export
 

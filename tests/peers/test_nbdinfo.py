@@ -2,6 +2,7 @@
 
 import json
 from typing import Any
+from uuid import UUID
 
 import pytest
 
@@ -43,7 +44,9 @@ def test_nbdinfo_sees_a_read_only_export(serve: Serve) -> None:
 def test_nbdinfo_tells_description_block_sizes_and_contexts(serve: Serve) -> None:
     export = export_of(serve("disk=1M,description=for builds, and tests").uri())
     assert export["description"] == "for builds, and tests"
-    assert export["contexts"] == ["base:allocation", "x-nbdram:tier"]
+    *contexts, identity = export["contexts"]
+    assert contexts == ["base:allocation", "x-nbdram:tier"]
+    assert UUID(identity.removeprefix("x-nbdram:id="))
     sizes = [export[f"block_size_{which}"] for which in ("minimum", "preferred", "maximum")]
     assert sizes == [1, 4096, 32 << 20]
 

@@ -26,7 +26,7 @@ from tests.helpers import (
 
 FLAGS = 0x6D
 RAM = ExportInfo("ram", 1 << 40, FLAGS, "scratch space")
-OTHER = ExportInfo("köln", 8192, FLAGS | 2)
+OTHER = ExportInfo("köln", 8192, FLAGS | 2, identity="0b4b3c2e-6a5f-4d8e-9f00-2f1d6a7c8b9a")
 
 
 class Exports:
@@ -124,6 +124,13 @@ def test_nothing_is_asked_behind_simple_replies() -> None:
     heard = server.heard
     assert server.run(ours.agree_on_replies([ReplyMode.SIMPLE, ReplyMode.EXTENDED])) is ReplyMode.SIMPLE
     assert server.heard == heard
+
+
+def test_an_identity_is_read_where_the_server_tells_one() -> None:
+    server, _ = our_server()
+    server.run(ours.agree_on_replies([ReplyMode.STRUCTURED]))
+    assert server.run(ours.identity("köln")) == OTHER.identity
+    assert server.run(ours.identity("ram")) == ""
 
 
 def test_contexts_are_listed_and_set() -> None:

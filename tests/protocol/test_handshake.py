@@ -50,7 +50,7 @@ class Exports:
     exports = (
         ExportInfo("ram", SIZE, FLAGS, "scratch space"),
         ExportInfo("köln", 4096, FLAGS | TransmissionFlag.READ_ONLY),
-        ExportInfo(LONG_NAME, 8192, FLAGS),
+        ExportInfo(LONG_NAME, 8192, FLAGS, identity="8c2f"),
     )
 
     def find(self, name: str) -> ExportInfo | None:
@@ -429,6 +429,15 @@ def test_contexts_before_structured_replies_are_invalid(step: int, number: Optio
 def test_list_of_contexts_answers_names_and_wildcards(step: int, queries: list[str], expected: set[str]) -> None:
     answers = structured(step).say(option(LIST_CONTEXTS, meta_payload("ram", queries)))
     assert contexts(answers) == dict.fromkeys(expected, 0)
+
+
+@pytest.mark.parametrize("queries", [[], ["x-nbdram:"], ["x-nbdram:id"]])
+def test_the_identity_of_a_device_is_a_context_that_is_only_listed(step: int, queries: list[str]) -> None:
+    begun = structured(step)
+    listed = contexts(begun.say(option(LIST_CONTEXTS, meta_payload(LONG_NAME, queries))))
+    assert listed["x-nbdram:id=8c2f"] == 0
+    selected = begun.say(option(SET_CONTEXTS, meta_payload(LONG_NAME, ["x-nbdram:id", *listed])))
+    assert not any(name.startswith("x-nbdram:id") for name in contexts(selected))
 
 
 def test_list_of_contexts_selects_nothing(step: int) -> None:
