@@ -6,6 +6,8 @@ for exports that want density. A block that does not compress is stored as it is
     header: per block a length (0: zeros; block size: stored raw), then per block a checksum
             (the low 32 bits of its XXH3), all 32-bit little-endian
     blocks: back to back
+
+The checksum of no bytes is not zero: an image that was lost, and reads as zeros itself, is no cluster of zeros.
 """
 
 import errno
@@ -25,6 +27,7 @@ _ZERO_BLOCK_BYTES: Final = 300
 _compress = lz4.block.compress
 _decompress = lz4.block.decompress
 _checksum = xxhash.xxh3_64_intdigest
+_CHECKSUM_OF_NOTHING: Final = _checksum(b"") & 0xFFFFFFFF
 
 
 class IntegrityError(OSError):
@@ -56,7 +59,7 @@ class Codec:
             packed = _compress(block, store_size=False)
             if len(packed) < _ZERO_BLOCK_BYTES and bytes(block) == self._zeros:
                 lengths.append(0)
-                sums.append(0)
+                sums.append(_CHECKSUM_OF_NOTHING)
                 continue
             if len(packed) >= size:
                 packed = bytes(block)
@@ -70,6 +73,8 @@ class Codec:
 
     def decode(self, image: memoryview | bytes, start: int, end: int) -> list[memoryview | bytes]:
         """Bytes [start, end) of the cluster, in pieces; IntegrityError if they are not what was stored."""
+        if len(image) < self._header.size:
+            raise IntegrityError("a cold image was cut off")
         fields = self._header.unpack_from(image)
         count, size = self._blocks, self.block_bytes
         first, last = start // size, (end - 1) // size
@@ -85,7 +90,7 @@ class Codec:
         return pieces
 
     def _block(self, packed: memoryview | bytes, length: int, checksum: int) -> memoryview | bytes:
-        if not length:
+        if not length and checksum == _CHECKSUM_OF_NOTHING:
             return self._zeros
         if len(packed) != length or _checksum(packed) & 0xFFFFFFFF != checksum:
             raise IntegrityError("the checksum of a cold image does not match")

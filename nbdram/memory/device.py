@@ -58,6 +58,7 @@ class Device(Space):
         super().__init__(name, size, budget)
         self.codec = codec or Codec()
         self.integrity_errors = 0
+        self._damaged: set[int] = set()  # clusters whose image is known to be damaged
         self.ram_faults = 0  # READs answered out of an image in RAM
         self.refaults = 0  # pages that became resident again after they had been reclaimed
         self.ram_fault_times = Recent()
@@ -127,20 +128,31 @@ class Device(Space):
 
         IntegrityError if it is damaged.
         """
-        length = word >> LENGTH_SHIFT & LENGTH_MASK
-        content = image or self.ram.load(cluster, word >> SLOT_SHIFT & 1, length)
-        if length == CLUSTER:
-            return [memoryview(content)[start:end]]
         try:
-            return self.codec.decode(content, start, end)
+            return self.decode_quietly(cluster, word, start, end, image)
         except IntegrityError as error:
             self.note_damage(cluster, error)
             raise
 
+    def decode_quietly(self, cluster: int, word: int, start: int, end: int, image: bytes | None = None) -> list[Buffer]:
+        """`decode` for those who can't know whether the word is still the cluster's: damage is not noted."""
+        length = word >> LENGTH_SHIFT & LENGTH_MASK
+        content = image or self.ram.load(cluster, word >> SLOT_SHIFT & 1, length)
+        if length == CLUSTER:
+            return [memoryview(content)[start:end]]
+        return self.codec.decode(content, start, end)
+
     def note_damage(self, cluster: int, error: IntegrityError) -> None:
-        """Count and log a damaged image; whoever needs it gets EIO, the rest of the device goes on."""
+        """Count a damaged image, and log the first time; whoever needs it gets EIO, the rest of the device goes on."""
         self.integrity_errors += 1
-        log.error("%s: the data at offset %d is lost: %s", self.name, cluster << CLUSTER_SHIFT, error.strerror)
+        if cluster not in self._damaged:
+            self._damaged.add(cluster)
+            log.error("%s: the data at offset %d is lost: %s", self.name, cluster << CLUSTER_SHIFT, error.strerror)
+
+    def drop_image(self, cluster: int, word: int) -> None:
+        super().drop_image(cluster, word)
+        if self._damaged:
+            self._damaged.discard(cluster)
 
     def load_image(self, cluster: int, word: int) -> bytes:
         """A cluster's image from wherever it is; may block."""

@@ -275,7 +275,7 @@ def _content(job: _Job) -> memoryview:
     content = bytearray(CLUSTER)
     if word >> LENGTH_SHIFT:
         at = 0
-        for piece in device.decode(job.cluster, word, 0, CLUSTER, device.load_image(job.cluster, word)):
+        for piece in device.decode_quietly(job.cluster, word, 0, CLUSTER, device.load_image(job.cluster, word)):
             content[at : at + len(piece)] = piece
             at += len(piece)
     for first, after in page_runs(word & RESIDENT):

@@ -1,0 +1,73 @@
+"""Cold images: whatever becomes of one, its cluster is what was stored, or an error; never zeros, never rubbish."""
+
+import random
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nbdram.memory.codec import Codec, IntegrityError
+from tests.helpers import CLUSTER
+
+KIB = 1024
+TEXT = b"All work and no play makes Jack a dull boy. " * 3000
+# A block that compresses, one of zeros, one that does not compress, one that compresses a little.
+MIXED = TEXT[: 16 * KIB] + bytes(16 * KIB) + random.Random(1).randbytes(24 * KIB) + TEXT[: 8 * KIB]
+
+
+def encoded(codec: Codec, content: bytes = MIXED) -> bytes:
+    parts = codec.encode(memoryview(content))
+    assert parts
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("block_bytes", [16 * KIB, CLUSTER])
+@given(st.integers(0, CLUSTER - 1), st.integers(1, CLUSTER))
+def test_any_part_of_a_cluster_comes_back(block_bytes: int, start: int, length: int) -> None:
+    codec = Codec(block_bytes)
+    end = min(CLUSTER, start + length)
+    assert b"".join(codec.decode(encoded(codec), start, end)) == MIXED[start:end]
+
+
+def test_a_cluster_of_zeros_has_no_image() -> None:
+    assert Codec().encode(memoryview(bytes(CLUSTER))) is None
+
+
+@pytest.mark.parametrize("block_bytes", [16 * KIB, CLUSTER])
+def test_a_flipped_bit_is_an_error_or_changes_nothing(block_bytes: int) -> None:
+    codec = Codec(block_bytes)
+    image = encoded(codec)
+    header_bits = 8 * 8 * (CLUSTER // block_bytes)
+    for bit in [*range(header_bits), *random.Random(2).sample(range(header_bits, 8 * len(image)), 300)]:
+        damaged = bytearray(image)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(IntegrityError):
+            codec.decode(bytes(damaged), 0, CLUSTER)
+        for start in range(0, CLUSTER, block_bytes):  # blocks one by one: what is not damaged can still be read
+            try:
+                content = b"".join(codec.decode(bytes(damaged), start, start + block_bytes))
+            except IntegrityError:
+                continue
+            assert content == MIXED[start : start + block_bytes], f"bit {bit}"
+
+
+@pytest.mark.parametrize("block_bytes", [16 * KIB, CLUSTER])
+def test_an_image_that_is_gone_is_no_cluster_of_zeros(block_bytes: int) -> None:
+    with pytest.raises(IntegrityError):
+        Codec(block_bytes).decode(bytes(40 * KIB), 0, 4 * KIB)
+
+
+def test_a_block_whose_length_became_zero_is_no_block_of_zeros() -> None:
+    codec = Codec()
+    image = bytearray(encoded(codec))
+    struct.pack_into("<I", image, 0, 0)
+    with pytest.raises(IntegrityError):
+        codec.decode(bytes(image), 0, 4 * KIB)
+
+
+@pytest.mark.parametrize("length", [0, 5, 40, 10 * KIB])
+def test_an_image_that_was_cut_off_is_an_error(length: int) -> None:
+    codec = Codec()
+    with pytest.raises(IntegrityError):
+        codec.decode(encoded(codec)[:length], 0, CLUSTER)
