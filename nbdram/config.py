@@ -3,9 +3,10 @@
 import os
 import re
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from nbdram.errors import UsageError
 from nbdram.memory.layout import MAX_DEVICE_BYTES, PAGE
@@ -18,7 +19,7 @@ DEFAULT_EXPORT_SIZE: Final = 1 << 40
 MIN_MEMORY: Final = 32 << 20
 
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50}
-_SIZE = re.compile(r"(\d+)\s*([KMGTP]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
+_SIZE = re.compile(r"(\d{1,20})\s*([KMGTP]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
 
 
 def parse_size(text: str) -> int:
@@ -45,6 +46,14 @@ def check_name(name: str) -> str:
     if not name.isprintable():
         raise UsageError(f"the export name {name!r} contains characters that can't be printed")
     return name
+
+
+def _check_description(text: str) -> str:
+    if len(text.encode(errors="surrogateescape")) > MAX_STRING_BYTES:
+        raise UsageError(f"an export's description may have at most {MAX_STRING_BYTES} bytes")
+    if not text.isprintable():
+        raise UsageError(f"the description {text!r} contains characters that can't be printed")
+    return text
 
 
 @dataclass(frozen=True)
@@ -87,9 +96,7 @@ class ExportSettings:
                 known = "known are ro, density and description=TEXT"
                 raise UsageError(f"--export {text!r}: there is no option {option!r}; {known}")
             flags.add(option)
-        if len(description.encode(errors="surrogateescape")) > MAX_STRING_BYTES:
-            raise UsageError(f"--export {name!r}: the description is longer than {MAX_STRING_BYTES} bytes")
-        return cls(check_name(name), size, "ro" in flags, description, "density" in flags)
+        return cls(check_name(name), size, "ro" in flags, _check_description(description), "density" in flags)
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,18 @@ class Endpoint:
 
     @property
     def is_loopback(self) -> bool:
-        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:  # a name may mean anything, but for this one
+            return self.host == "localhost"
+
+    def check_plaintext(self, allowed: bool) -> None:
+        """Refuse what others could reach, and listen in on."""
+        if self.host and not self.is_loopback and not allowed:
+            raise UsageError(
+                f"{self} can be reached by others and would be served without encryption: "
+                "listen on a Unix socket or loopback, or allow it with --allow-plaintext"
+            )
 
     def __str__(self) -> str:
         if self.inherited:
@@ -163,9 +181,10 @@ def parse_listen(text: str) -> Endpoint:
         try:
             parts = urlsplit(text)
             host, port = parts.hostname, parts.port
-        except ValueError:
-            host = None
-        if host and not parts.path.strip("/") and not parts.query:
+        except ValueError as error:
+            raise UsageError(f"--listen {text!r}: {_LISTEN_FORMS}") from error
+        extra = parts.path.strip("/") or parts.query or parts.fragment or parts.username is not None
+        if host and not extra:
             return Endpoint(host=host, port=DEFAULT_PORT if port is None else port)
     raise UsageError(f"--listen {text!r}: {_LISTEN_FORMS}")
 
@@ -179,7 +198,8 @@ def parse_nbd_uri(text: str) -> tuple[Endpoint, str]:
         raise UsageError(f"{text!r} is not an NBD URI") from None
     name = unquote(parts.path.removeprefix("/"))
     if parts.scheme == "nbd+unix":
-        socket_path = parse_qs(parts.query).get("socket", [""])[0]
+        pairs = (pair.partition("=") for pair in parts.query.split("&"))
+        socket_path = unquote(next((value for key, _, value in pairs if key == "socket"), ""))
         if socket_path:
             return Endpoint(path=socket_path), name
         raise UsageError(f"{text!r} names no socket: write nbd+unix:///NAME?socket=PATH")
@@ -223,10 +243,6 @@ class ServeSettings:
                 raise UsageError(f"there are two exports called {export.name!r}: give each a name of its own")
             seen.add(export.name)
         for endpoint in self.listen:
-            if endpoint.host and not endpoint.is_loopback and not self.allow_plaintext:
-                raise UsageError(
-                    f"{endpoint} can be reached by others and would be served without encryption: "
-                    "listen on a Unix socket or loopback, or allow it with --allow-plaintext"
-                )
+            endpoint.check_plaintext(self.allow_plaintext)
         if self.memory < MIN_MEMORY:
             raise UsageError(f"--memory must be at least {format_size(MIN_MEMORY)}: the server itself needs half of it")

@@ -457,6 +457,7 @@ async def served(directory: Path, *exports: str, memory: str = "256M") -> AsyncI
         exports=tuple(ExportSettings.parse(text) for text in exports or ("ram=1T",)),
         listen=(Endpoint(path=str(path)),),
         memory=parse_size(memory),
+        control=directory / "control",
     )
     escaped: list[dict[str, Any]] = []
     loop = asyncio.get_running_loop()

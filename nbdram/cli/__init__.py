@@ -1,6 +1,7 @@
 """The `nbdram` command: one module per subcommand; each has `add(subparsers)` and `run(arguments)`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,14 +20,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         code: int = parsed.run(parsed)
+        sys.stdout.flush()
     except UsageError as error:
         print(f"nbdram: {error}", file=sys.stderr)
         return 2
     except NbdramError as error:
         print(f"nbdram: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # the reader of our output has seen enough
-        sys.stderr.close()
+    except BrokenPipeError:  # the reader of our output has seen enough: nothing more is to be flushed into it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         return 130

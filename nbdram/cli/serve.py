@@ -17,6 +17,7 @@ from nbdram.config import (
     parse_listen,
     parse_size,
 )
+from nbdram.errors import UsageError
 from nbdram.memory.available import cgroup_limits, default_budget
 from nbdram.server.connection import WRITE_WAIT_S
 from nbdram.server.server import serve
@@ -99,7 +100,10 @@ def _memory(text: str | None) -> int:
     """The budget asked for, or the default; never more than a control group allows."""
     if text is None or text == "auto":
         return default_budget()
-    asked = parse_size(text)
+    try:
+        asked = parse_size(text)
+    except UsageError as error:
+        raise UsageError(f"--memory {error}") from None
     allowed = min(cgroup_limits(), default=asked)
     if asked > allowed:
         log.warning(
@@ -109,7 +113,10 @@ def _memory(text: str | None) -> int:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
     if not 0 <= seconds < 3600:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 3600")
     return seconds

@@ -1,7 +1,9 @@
 """A small blocking NBD client: enough to look at a server, or to test one."""
 
 import socket
+import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from nbdram.config import Endpoint
@@ -14,6 +16,8 @@ from nbdram.protocol.wire import Command, ReplyType
 
 _TIMEOUT_S = 10.0
 _STATUS_STEP_BYTES = 1 << 31
+_MAX_CHUNK_BYTES = 64 << 20
+_BROKEN = "the server's answer breaks the NBD protocol"
 
 
 class Session:
@@ -27,7 +31,11 @@ class Session:
             self._socket = _dial(endpoint)
         except OSError as error:
             raise NbdramError(f"can't reach {endpoint}: {error.strerror or error}") from error
-        self.run(ours.greet())
+        try:
+            self.run(ours.greet())
+        except BaseException:
+            self._socket.close()
+            raise
 
     def __enter__(self) -> "Session":
         return self
@@ -48,13 +56,11 @@ class Session:
                 if isinstance(wanted, int):
                     wanted = steps.send(self._receive(wanted))
                 else:
-                    self._socket.sendall(wanted)
+                    self._send(wanted)
                     wanted = next(steps)
         except StopIteration as stop:
             value: T = stop.value
             return value
-        except OSError as error:
-            raise NbdramError(f"the server hung up: {error.strerror or error}") from error
 
     def open(self, name: str, contexts: tuple[str, ...] = ()) -> RemoteExport:
         """Agree on the best replies and on `contexts`, and enter the transmission phase."""
@@ -68,13 +74,16 @@ class Session:
         self._request(Command.BLOCK_STATUS, offset, length)
         found: dict[str, list[tuple[int, int]]] = {}
         for kind, body in self._chunks():
-            if kind == ReplyType.BLOCK_STATUS:
-                (number,) = wire.U32.unpack_from(body)
-                found[self.contexts[number]] = list(wire.EXTENT.iter_unpack(body[4:]))
-            elif kind == ReplyType.BLOCK_STATUS_EXT:
-                number, _ = wire.EXTENDED_STATUS_HEAD.unpack_from(body)
-                extents = wire.EXTENDED_EXTENT.iter_unpack(body[wire.EXTENDED_STATUS_HEAD.size :])
-                found[self.contexts[number]] = list(extents)
+            try:
+                if kind == ReplyType.BLOCK_STATUS:
+                    (number,) = wire.U32.unpack_from(body)
+                    found[self.contexts[number]] = list(wire.EXTENT.iter_unpack(body[4:]))
+                elif kind == ReplyType.BLOCK_STATUS_EXT:
+                    number, _ = wire.EXTENDED_STATUS_HEAD.unpack_from(body)
+                    extents = wire.EXTENDED_EXTENT.iter_unpack(body[wire.EXTENDED_STATUS_HEAD.size :])
+                    found[self.contexts[number]] = list(extents)
+            except (struct.error, KeyError) as error:
+                raise ProtocolError(_BROKEN) from error
         return found
 
     def map_extents(self, context: str, size: int) -> Iterator[tuple[int, int, int]]:
@@ -86,6 +95,8 @@ class Session:
             if not extents:
                 raise ProtocolError(f"the server sent no {context}")
             for length, flags in extents:
+                if not length:
+                    raise ProtocolError(_BROKEN)
                 if flags != state:
                     if state >= 0:
                         yield start, offset - start, state
@@ -101,7 +112,7 @@ class Session:
         extended = self.mode is ReplyMode.EXTENDED
         layout = wire.EXTENDED_REQUEST if extended else wire.REQUEST
         magic = wire.EXTENDED_REQUEST_MAGIC if extended else wire.REQUEST_MAGIC
-        self._socket.sendall(layout.pack(magic, 0, command, self._cookie, offset, length))
+        self._send(layout.pack(magic, 0, command, self._cookie, offset, length))
 
     def _chunks(self) -> Iterator[tuple[int, bytes]]:
         """The chunks of the reply to the last request."""
@@ -114,21 +125,39 @@ class Session:
                 header = self._receive(wire.STRUCTURED_REPLY.size)
                 magic, flags, kind, _, length = wire.STRUCTURED_REPLY.unpack(header)
             if magic not in (wire.EXTENDED_REPLY_MAGIC, wire.STRUCTURED_REPLY_MAGIC):
-                raise ProtocolError("the server's answer breaks the NBD protocol")
+                raise ProtocolError(_BROKEN)
+            if length > _MAX_CHUNK_BYTES:
+                raise ProtocolError(f"the server sends a chunk of {length} bytes")
             body = self._receive(length) if length else b""
             if kind in (ReplyType.ERROR, ReplyType.ERROR_OFFSET):
                 raise NbdramError(f"the server refused: {body[6:].decode('utf-8', 'replace')}")
             yield kind, body
             done = bool(flags & wire.REPLY_FLAG_DONE)
 
+    def _send(self, data: bytes) -> None:
+        with _telling_errors():
+            self._socket.sendall(data)
+
     def _receive(self, length: int) -> bytes:
         pieces = bytearray()
-        while len(pieces) < length:
-            piece = self._socket.recv(length - len(pieces))
-            if not piece:
-                raise NbdramError("the server hung up")
-            pieces += piece
+        with _telling_errors():
+            while len(pieces) < length:
+                piece = self._socket.recv(length - len(pieces))
+                if not piece:
+                    raise NbdramError("the server hung up")
+                pieces += piece
         return bytes(pieces)
+
+
+@contextmanager
+def _telling_errors() -> Iterator[None]:
+    """A socket's errors as sentences."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise NbdramError(f"the server has not answered for {_TIMEOUT_S:.0f} s") from error
+    except OSError as error:
+        raise NbdramError(f"the server hung up: {error.strerror or error}") from error
 
 
 def read_identity(endpoint: Endpoint, name: str) -> str:

@@ -45,6 +45,7 @@ class ControlServer(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self._thread.start()
 
     def stop(self) -> None:
+        self.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread, which would look for the end twice a second
         self.shutdown()
         self._thread.join()
         self.socket.close()

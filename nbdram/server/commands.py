@@ -275,8 +275,8 @@ def _read_now(connection: "Connection", out: "list[Buffer]", flags: int, cookie:
 
 
 async def _long_read(connection: "Connection", flags: int, cookie: int, offset: int, end: int) -> None:
-    """One long READ at a time on each connection: what it holds while the socket is full stays bounded."""
-    async with connection.long_read:
+    """One long answer at a time on each connection: what is held while the socket is full stays bounded."""
+    async with connection.long_answer:
         await connection.drained()
         await _read(connection, flags, cookie, offset, end)
 
@@ -328,7 +328,20 @@ async def _block_status(
     end: int,
     contexts: tuple[int, ...],
 ) -> None:
-    """One chunk per context, from one walk over the index."""
+    """One chunk per context, from one walk over the index; one answer at a time, as for a long READ."""
+    async with connection.long_answer:
+        await connection.drained()
+        await _answer_block_status(connection, flags, cookie, offset, end, contexts)
+
+
+async def _answer_block_status(
+    connection: "Connection",
+    flags: int,
+    cookie: int,
+    offset: int,
+    end: int,
+    contexts: tuple[int, ...],
+) -> None:
     limit = 1 if flags & CommandFlag.REQ_ONE else MAX_EXTENTS
     pause = _Pause()
     runs: list[list[int]] = []  # [length, tier], neighbours differ

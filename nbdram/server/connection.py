@@ -44,6 +44,9 @@ from nbdram.server.exports import Export, Exports
 log = logging.getLogger("nbdram.connection")
 
 HANDSHAKE_TIMEOUT_S: Final = 10.0
+# Beyond this many, the oldest handshake makes room for the next: honest ones end within milliseconds.
+MAX_HANDSHAKES: Final = 1024
+MAX_CONNECTIONS: Final = 4096
 MAX_TASKS: Final = 128
 # A WRITE waits at most this long for memory: below the 30 s after which clients are usually told to give up.
 WRITE_WAIT_S: Final = 20.0
@@ -78,6 +81,7 @@ class Counters:
         self.written_bytes = 0
         self.errors = 0
         self.handshake_failures = 0
+        self.turned_away = 0  # connections, because there were too many
         self.write_waits = 0
 
 
@@ -87,12 +91,38 @@ class Service:
     def __init__(self, exports: Exports) -> None:
         self.exports = exports
         self.connections: set[Connection] = set()
+        self.haggling: dict[Connection, None] = {}  # those in the handshake phase, the oldest first
+        self.max_connections = MAX_CONNECTIONS
+        self._full = False
         self.counters = Counters()
         self.last_served: Connection | None = None
         self.write_wait_s = WRITE_WAIT_S
         self.fetcher = Fetcher()
         self.receive_buffer = bytearray(RECEIVE_BYTES)
         self.receive_view = memoryview(self.receive_buffer)
+
+    def admit(self, connection: "Connection") -> bool:
+        """Take in a new connection; False if there are too many. Handshakes make room, the oldest first."""
+        full = len(self.connections) >= self.max_connections
+        if full and not self.haggling:
+            self.counters.turned_away += 1
+            if not self._full:
+                log.warning("%d connections: more are turned away", len(self.connections))
+            self._full = True
+            return False
+        self._full = False
+        if full or len(self.haggling) >= MAX_HANDSHAKES:
+            oldest = next(iter(self.haggling))
+            self.counters.handshake_failures += 1
+            self.forget(oldest)
+            oldest.abort()
+        self.connections.add(connection)
+        self.haggling[connection] = None
+        return True
+
+    def forget(self, connection: "Connection") -> None:
+        self.connections.discard(connection)
+        self.haggling.pop(connection, None)
 
 
 class _Transport(Protocol):
@@ -143,25 +173,27 @@ class Connection(asyncio.BufferedProtocol):
         self._unsent: deque[Buffer] = deque()
         self._drained: list[asyncio.Future[None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self.long_read = asyncio.Lock()
+        self.long_answer = asyncio.Lock()
         self._stalled = False
         self._starved = False  # a WRITE waits for memory
         self._starving_since = 0.0
         self._fetch_error: OSError | None = None
         self._hunger: asyncio.TimerHandle | None = None
         self._closing = False  # by DISC, or because the server stops
-        self._ended = False  # the client has closed its sending side
+        self._ended = False  # nothing more is taken: the client has closed its sending side, or the server stops
         self._lost = False
 
     # -- asyncio's calls -----------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(_Transport, transport)
+        if not self._service.admit(self):
+            self._transport.abort()
+            return
         sock = self._transport.get_extra_info("socket")
         self._fd = sock.fileno()
         self._peer = _peer_name(self._transport)
         _tune(sock)
-        self._service.connections.add(self)
         self._deadline = self._loop.call_later(HANDSHAKE_TIMEOUT_S, self._handshake_late)
         assert self._handshake
         self._send([self._handshake.data_to_send()])
@@ -213,7 +245,7 @@ class Connection(asyncio.BufferedProtocol):
             self.device.senders.discard(self)
             self.export.connections -= 1
             log.info("%s closed export %r", self._peer, self.export.name)
-        self._service.connections.discard(self)
+        self._service.forget(self)
 
     # -- handshake phase -----------------------------------------------------------------------------
 
@@ -246,6 +278,7 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.abort()
             return
         self._handshake = None
+        self._service.haggling.pop(self, None)
         self.export, self.device = export, export.device
         export.connections += 1
         self.contexts = agreed.contexts
@@ -434,6 +467,7 @@ class Connection(asyncio.BufferedProtocol):
         if refusal is not None:
             self.refuse(out, cookie, offset, *refusal)
         elif command == wire.Command.DISC:
+            self._transport.pause_reading()
             self.close_when_idle()
             return end
         elif payload:
@@ -655,7 +689,12 @@ class Connection(asyncio.BufferedProtocol):
         if self.device is not None:
             self.device.senders.add(self)
         if self._writer_fd < 0:
-            self._writer_fd = os.dup(self._fd)
+            try:
+                self._writer_fd = os.dup(self._fd)
+            except OSError as error:  # too many open files
+                log.warning("%s can't be answered: %s", self._peer, error.strerror)
+                self._transport.abort()
+                return
         self._loop.add_writer(self._writer_fd, self._writable)
 
     def _writable(self) -> None:
@@ -710,13 +749,20 @@ class Connection(asyncio.BufferedProtocol):
             if held and self._incoming is None and not self._closing:
                 self._buffer[: len(held)] = held
                 self._parse(len(held))
-            if not self._stalled and not self._closing:
+            if not (self._stalled or self._closing or (self._ended and self._incoming is None)):
                 self._transport.resume_reading()
         self._close_if_idle()
 
     def close_when_idle(self) -> None:
         """Take no new requests; hang up once those in flight are answered."""
         self._closing = True
+        self._close_if_idle()
+
+    def finish(self) -> None:
+        """The server stops: answer what has come in, and a WRITE that is coming in just now; then hang up."""
+        self._ended = True
+        if self._incoming is None:
+            self._transport.pause_reading()
         self._close_if_idle()
 
     def abort(self) -> None:
@@ -738,3 +784,8 @@ def _tune(sock: Any) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A client whose machine is gone would stay for ever: ask after a minute of silence, give up after another.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 20)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)

@@ -11,10 +11,18 @@ from nbdram.errors import NbdramError
 _FIRST_INHERITED_FD = 3
 
 
-def open_listeners(endpoint: Endpoint) -> list[socket.socket]:
+def open_listeners(endpoint: Endpoint, *, allow_plaintext: bool = True) -> list[socket.socket]:
     """Bound sockets of one endpoint; one NbdramError says what is in the way."""
     if endpoint.inherited:
-        return _inherited()
+        sockets = _inherited()
+        try:
+            for sock in sockets:
+                _check_inherited(sock, allow_plaintext)
+        except BaseException:
+            for sock in sockets:
+                sock.close()
+            raise
+        return sockets
     if endpoint.path:
         return [_unix(endpoint.path)]
     return _tcp(endpoint)
@@ -32,6 +40,16 @@ def _inherited() -> list[socket.socket]:
         raise NbdramError(f"--listen fd: what was handed over is no socket ({error.strerror})") from error
 
 
+def _check_inherited(sock: socket.socket, allow_plaintext: bool) -> None:
+    families = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
+    listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    if sock.family not in families or sock.type != socket.SOCK_STREAM or not listening:
+        raise NbdramError("--listen fd: what was handed over is no TCP or Unix socket that listens")
+    if sock.family != socket.AF_UNIX:
+        host, port = sock.getsockname()[:2]
+        Endpoint(host=host, port=port).check_plaintext(allow_plaintext)
+
+
 def _unix(path: str) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -41,9 +59,10 @@ def _unix(path: str) -> socket.socket:
             sock.bind(path)
         finally:
             os.umask(old)
+        sock.listen()  # now: a socket that nobody listens on looks stale to others
     except OSError as error:
         sock.close()
-        raise NbdramError(f"can't listen on unix:{path}: {error.strerror}") from error
+        raise NbdramError(f"can't listen on unix:{path}: {error.strerror or error}") from error
     except BaseException:
         sock.close()
         raise
@@ -59,11 +78,14 @@ def _clear_stale(path: str) -> None:
     if not stat.S_ISSOCK(mode):
         raise NbdramError(f"{path} exists and is not a socket: choose another path or move it away")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
         try:
             probe.connect(path)
         except ConnectionRefusedError:
             os.unlink(path)
             return
+        except BlockingIOError:  # too many wait to be let in
+            pass
     raise NbdramError(f"another server listens on unix:{path}: stop it or choose another path")
 
 

@@ -5,9 +5,9 @@ import ctypes
 import logging
 import os
 import resource
+import shlex
 import signal
 import socket
-import sys
 from contextlib import suppress
 from typing import Final
 
@@ -19,7 +19,7 @@ from nbdram.memory.reclaim import Reclaimer
 from nbdram.memory.tiers.disk import SwapArea
 from nbdram.observe import snapshot
 from nbdram.observe.control import ControlServer, default_path
-from nbdram.server.connection import Connection, Service
+from nbdram.server.connection import MAX_CONNECTIONS, Connection, Service
 from nbdram.server.exports import Exports
 from nbdram.server.listeners import open_listeners, unlink_if_ours
 
@@ -27,6 +27,7 @@ log = logging.getLogger("nbdram.server")
 
 DRAIN_TIMEOUT_S: Final = 5.0
 _BACKLOG: Final = 512
+_SPARE_FILES: Final = 16  # for those who look at the server
 _PR_SET_TIMERSLACK: Final = 29  # nanoseconds
 
 
@@ -62,6 +63,7 @@ class Server:
             for endpoint in self.settings.listen:
                 await self._listen(endpoint)
             self._control = self._open_control()
+            self.service.max_connections = min(MAX_CONNECTIONS, _connections_possible())
             if self.settings.follow_pressure:
                 self._pressure = asyncio.create_task(self._follow_pressure())
         except BaseException:
@@ -70,7 +72,7 @@ class Server:
 
     async def _listen(self, endpoint: Endpoint) -> None:
         loop = asyncio.get_running_loop()
-        for sock in open_listeners(endpoint):
+        for sock in open_listeners(endpoint, allow_plaintext=self.settings.allow_plaintext):
             if sock.family == socket.AF_UNIX:
                 path = sock.getsockname()
                 if endpoint.path:
@@ -115,8 +117,10 @@ class Server:
             server.close()
         for path, inode in self._socket_files:
             unlink_if_ours(path, inode)
+        for _ in range(2):  # requests that wait in the sockets have been sent before: read them
+            await asyncio.sleep(0)
         for connection in list(self.service.connections):
-            connection.close_when_idle()
+            connection.finish()
         deadline = asyncio.get_running_loop().time() + DRAIN_TIMEOUT_S
         while self.service.connections and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.01)
@@ -175,6 +179,12 @@ def _raise_file_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def _connections_possible() -> int:
+    """How many connections the limit of open files has room for; each may take two."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(1, (limit - len(os.listdir("/proc/self/fd")) - _SPARE_FILES) // 2)
+
+
 def _precise_timers() -> None:
     """Let short sleeps end on time: by default the kernel rounds them up by 50 us."""
     ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(1000), 0, 0, 0)
@@ -182,9 +192,11 @@ def _precise_timers() -> None:
 
 def announce(server: Server) -> None:
     """Print, ready to paste, each export's URI and the command that attaches it."""
+    lines = []
     for export in server.exports:
         for endpoint in server.endpoints:
-            print(endpoint.uri(export.name))
-            where = f"-unix {endpoint.path}" if endpoint.path else f"{endpoint.host} {endpoint.port}"
-            print(f"    nbd-client {where} /dev/nbd0 -N {export.name}")
-    sys.stdout.flush()
+            where = ["-unix", endpoint.path] if endpoint.path else [endpoint.host, str(endpoint.port)]
+            lines.append(endpoint.uri(export.name))
+            lines.append("    " + shlex.join(["nbd-client", *where, "/dev/nbd0", "-N", export.name]))
+    with suppress(BrokenPipeError):  # whoever started us need not listen
+        print("\n".join(lines), flush=True)
