@@ -113,6 +113,7 @@ class Server:
             self._pressure.cancel()
         if self._control:
             self._control.stop()
+            self._control = None
         for server in self._servers:
             server.close()
         for path, inode in self._socket_files:
