@@ -20,6 +20,7 @@ _AGED = bytes.maketrans(
     bytes((Reference.TOUCHED, Reference.COLD_TOUCHED, Reference.FAR_TOUCHED)),
     bytes((Reference.IDLE, Reference.COLD, Reference.FAR)),
 )
+_FREED = bytes.maketrans(bytes((Reference.STUCK,)), bytes((Reference.IDLE,)))
 
 Victim = tuple["Device", int]  # a device and one of its clusters
 
@@ -60,7 +61,10 @@ class Clock:
         if self._ages:
             # What is being compressed keeps its mark of a touch: reclaim looks for it when the image is there.
             touched = [cluster for cluster in device.reclaiming if references[cluster] == Reference.TOUCHED]
-            references[start:stop] = references[start:stop].translate(_AGED)
+            aged = references[start:stop].translate(_AGED)
+            if device.disk and device.disk.has_any_room():  # what would not compress had to stay while it was full
+                aged = aged.translate(_FREED)
+            references[start:stop] = aged
             for cluster in touched:
                 references[cluster] = Reference.TOUCHED
         self._cluster = stop

@@ -61,6 +61,8 @@ class Exports:
         """Add an empty export of at most `size` bytes."""
         if name in self._by_name:
             raise UsageError(f"there are two exports called {name!r}: give each a name of its own")
+        for area in self._areas:
+            area.check_size(size)
         device = Device(name, size, self.budget, Codec(CLUSTER) if dense else None)
         if self._areas:
             device.disk = DiskTier(self._areas, self._disk_writer)

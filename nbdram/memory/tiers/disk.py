@@ -16,7 +16,9 @@ import fcntl
 import logging
 import os
 import secrets
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +34,7 @@ log = logging.getLogger("nbdram.disk")
 _NONCE_BYTES: Final = 12
 _SEAL_BYTES: Final = _NONCE_BYTES + 16
 _SLOT_BYTES: Final = CLUSTER + PAGE
+_RETRY_S: Final = 1.0  # a disk that has refused a write is asked again after this, or when something was dropped
 _FALLOC_FL_KEEP_SIZE: Final = 1
 _FALLOC_FL_PUNCH_HOLE: Final = 2
 
@@ -54,7 +57,8 @@ class SwapArea:
         self.path = path
         self.max_bytes = max_bytes
         self.used_bytes = 0
-        self.failing = False
+        self.failing = False  # it has refused the last write
+        self._retry_at = 0.0
         self._key = AESGCM(AESGCM.generate_key(256))
         self._sealed = 0
         try:
@@ -99,7 +103,37 @@ class SwapArea:
             raise NbdramError(f"can't use {self.path} for swap: {error.strerror}") from error
 
     def has_room(self) -> bool:
-        return not self.failing and (not self.max_bytes or self.used_bytes + CLUSTER < self.max_bytes)
+        """Whether it is worth trying to store an image."""
+        if self.failing and time.monotonic() < self._retry_at:
+            return False
+        return not self.max_bytes or self.used_bytes + _SLOT_BYTES <= self.max_bytes
+
+    def check_size(self, device_bytes: int) -> None:
+        """NbdramError if the file system's files can't be as large as such a device may need."""
+        fd = self.open_file()
+        try:
+            os.ftruncate(fd, 2 * _SLOT_BYTES * (round_up(device_bytes, CLUSTER) // CLUSTER))
+        except OSError as error:
+            raise NbdramError(
+                f"the file system of {self.path} has too small files for an export of {device_bytes >> 30} GiB "
+                f"({error.strerror}): use one on xfs or btrfs, or a smaller export"
+            ) from error
+        finally:
+            os.close(fd)
+
+    def written(self) -> None:
+        if self.failing:
+            log.warning("%s: swap can be written again", self.path)
+        self.failing = False
+
+    def refused(self, error: OSError) -> None:
+        if not self.failing:
+            log.error("%s: can't write swap: %s; cold data stays in RAM for now", self.path, error.strerror)
+        self.failing = True
+        self._retry_at = time.monotonic() + _RETRY_S
+
+    def made_room(self) -> None:
+        self._retry_at = 0.0
 
     def seal(self, image: bytes, identity: bytes) -> bytes:
         self._sealed += 1
@@ -130,6 +164,9 @@ class DiskTier:
     def has_room(self, cluster: int) -> bool:
         return self._areas[cluster % len(self._areas)].has_room()
 
+    def has_any_room(self) -> bool:
+        return any(area.has_room() for area in self._areas)
+
     def store(self, cluster: int, slot: int, image: bytes) -> None:
         """Seal an image into a free slot. OSError if the disk refuses it; then the slot is empty."""
         area, fd = self._place(cluster)
@@ -140,11 +177,11 @@ class DiskTier:
             if written != len(sealed):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            if not area.failing:
-                log.error("%s: can't write swap: %s; nothing more goes there for now", area.path, error.strerror)
-            area.failing = True
-            punch_hole(fd, at, _SLOT_BYTES)
+            area.refused(error)
+            with suppress(OSError):
+                punch_hole(fd, at, _SLOT_BYTES)
             raise
+        area.written()
         area.used_bytes += round_up(len(sealed), PAGE)
 
     def load(self, cluster: int, slot: int, length: int) -> bytes:
@@ -173,7 +210,7 @@ class DiskTier:
             log.error("%s: can't punch swap: %s", area.path, error.strerror)
             return
         area.used_bytes -= round_up(length + _SEAL_BYTES, PAGE)
-        area.failing = False
+        area.made_room()
 
     def _place(self, cluster: int) -> tuple[SwapArea, int]:
         number = cluster % len(self._areas)

@@ -5,6 +5,7 @@ word has changed. The file is read through maps of windows of it, made when they
 all of it would take twice the address space of the device.
 """
 
+import errno
 import mmap
 import os
 from typing import Final
@@ -36,8 +37,10 @@ class RamTier:
         os.close(self.fd)
 
     def store(self, cluster: int, slot: int, image: list[bytes]) -> None:
-        """Write an image into a free slot. May be called from any thread."""
-        os.pwritev(self.fd, image, _offset(cluster, slot))
+        """Write an image into a free slot. May be called from any thread. OSError if there is no room for it."""
+        if os.pwritev(self.fd, image, _offset(cluster, slot)) != sum(map(len, image)):
+            self.drop(cluster, slot, CLUSTER)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def load(self, cluster: int, slot: int, length: int) -> memoryview:
         """A view of an image; valid until the slot is dropped."""

@@ -1,0 +1,145 @@
+"""The tiers as the contract suite sees them: under a device, and with a way to damage what they hold."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from nbdram.memory.budget import Budget
+from nbdram.memory.device import Device
+from nbdram.memory.layout import Tier
+from nbdram.memory.tiers.disk import SwapArea
+from nbdram.server.exports import Exports
+from tests.helpers import GIB, MIB, PAGE
+
+
+class Rig(Protocol):
+    """One tier of two devices, "first" and "second"."""
+
+    tier: Tier
+    first: Device
+    second: Device
+
+    def store(self, device: Device, cluster: int, slot: int, image: bytes) -> None:
+        """Blocks until the image is there."""
+
+    def load(self, device: Device, cluster: int, slot: int, length: int) -> bytes: ...
+
+    def drop(self, device: Device, cluster: int, slot: int, length: int) -> None:
+        """Blocks until the image is gone."""
+
+    def used_bytes(self) -> int:
+        """What the kernel says that the tier of both devices takes; block maps of the file system not counted."""
+
+    def flip_a_bit(self, device: Device, cluster: int, slot: int) -> None:
+        """Behind the tier's back, in the middle of an image."""
+
+
+class RamRig:
+    tier = Tier.RAM
+
+    def __init__(self, exports: Exports) -> None:
+        self.first = exports.create("first", GIB).device
+        self.second = exports.create("second", GIB).device
+
+    def store(self, device: Device, cluster: int, slot: int, image: bytes) -> None:
+        device.ram.store(cluster, slot, [image[:5], image[5:]])
+
+    def load(self, device: Device, cluster: int, slot: int, length: int) -> bytes:
+        return bytes(device.ram.load(cluster, slot, length))
+
+    def drop(self, device: Device, cluster: int, slot: int, length: int) -> None:
+        device.ram.drop(cluster, slot, length)
+
+    def used_bytes(self) -> int:
+        return self.first.ram.allocated_bytes() + self.second.ram.allocated_bytes()
+
+    def flip_a_bit(self, device: Device, cluster: int, slot: int) -> None:
+        _flip(device.ram.fd, (2 * cluster + slot) * 65536 + 1000)
+
+
+class DiskRig:
+    tier = Tier.DISK
+
+    def __init__(self, exports: Exports, area: SwapArea) -> None:
+        self.area = area
+        self.first = exports.create("first", GIB).device
+        self.second = exports.create("second", GIB).device
+
+    def store(self, device: Device, cluster: int, slot: int, image: bytes) -> None:
+        assert device.disk
+        device.disk.writer.submit(device.disk.store, cluster, slot, image).result()
+
+    def load(self, device: Device, cluster: int, slot: int, length: int) -> bytes:
+        assert device.disk
+        return device.disk.load(cluster, slot, length)
+
+    def drop(self, device: Device, cluster: int, slot: int, length: int) -> None:
+        assert device.disk
+        device.disk.drop(cluster, slot, length)
+        device.disk.writer.submit(int).result()  # it comes after
+
+    def used_bytes(self) -> int:
+        used = sum(_data_bytes(fd) for fd in swap_files(self.area.path))
+        assert self.area.used_bytes == used, "the tier counts something else"
+        return used
+
+    def flip_a_bit(self, device: Device, cluster: int, slot: int) -> None:
+        files = sorted(swap_files(self.area.path))
+        _flip(files[0 if device is self.first else 1], (2 * cluster + slot) * (65536 + PAGE) + 1000)
+
+
+@contextmanager
+def ram_rig(_: Path) -> Iterator[Rig]:
+    exports = Exports(Budget(64 * MIB))
+    try:
+        yield RamRig(exports)
+    finally:
+        exports.close()
+
+
+@contextmanager
+def disk_rig(directory: Path) -> Iterator[Rig]:
+    with ExitStack() as stack:
+        area = SwapArea(directory / "swap", 0)
+        stack.callback(area.close)
+        exports = Exports(Budget(64 * MIB), [area])
+        stack.callback(exports.close)
+        yield DiskRig(exports, area)
+
+
+RIGS = {"ram": ram_rig, "disk": disk_rig}
+
+
+def swap_files(directory: Path, process: str | int = "self") -> list[int]:
+    """The descriptors of a process's open files in a swap directory, except its lock."""
+    found = []
+    for entry in os.listdir(f"/proc/{process}/fd"):
+        try:
+            target = os.readlink(f"/proc/{process}/fd/{entry}")
+        except FileNotFoundError:
+            continue
+        if target.startswith(str(directory) + "/") and not target.endswith("/lock"):
+            found.append(int(entry))
+    return found
+
+
+def _data_bytes(fd: int) -> int:
+    """The pages of a sparse file that hold data."""
+    at = total = 0
+    size = os.fstat(fd).st_size
+    while at < size:
+        try:
+            at = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError:  # no more data
+            break
+        end = os.lseek(fd, at, os.SEEK_HOLE)
+        total += -(-end // PAGE) * PAGE - at
+        at = end
+    return total
+
+
+def _flip(fd: int, offset: int) -> None:
+    byte = os.pread(fd, 1, offset)
+    os.pwrite(fd, bytes((byte[0] ^ 1,)), offset)
