@@ -148,10 +148,11 @@ class Endpoint:
     def __str__(self) -> str:
         if self.inherited:
             return "fd"
-        return f"unix:{self.path}" if self.path else f"tcp://{self._netloc}"
+        return f"unix:{self.path}" if self.path else f"tcp://{self.netloc}"
 
     @property
-    def _netloc(self) -> str:
+    def netloc(self) -> str:
+        """HOST:PORT, IPv6 in brackets."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
 
@@ -161,7 +162,7 @@ class Endpoint:
         if self.path:
             return f"nbd+unix:///{name}?socket={quote(self.path)}"
         port = "" if self.port == DEFAULT_PORT else f":{self.port}"
-        host = self._netloc.removesuffix(f":{self.port}")
+        host = self.netloc.removesuffix(f":{self.port}")
         return f"nbd://{host}{port}/{name}"
 
 
@@ -189,6 +190,20 @@ def parse_listen(text: str) -> Endpoint:
     raise UsageError(f"--listen {text!r}: {_LISTEN_FORMS}")
 
 
+def parse_metrics(text: str) -> Endpoint | None:
+    """Where metrics are to be served: `ADDRESS:PORT` (IPv6 in brackets), or `off`."""
+    if text == "off":
+        return None
+    try:
+        parts = urlsplit(f"//{text}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if host is None or port is None or parts.path or parts.query:
+        raise UsageError(f"--metrics {text!r}: write ADDRESS:PORT, as in {DEFAULT_METRICS.netloc}, or off")
+    return Endpoint(host=host, port=port)
+
+
 def parse_nbd_uri(text: str) -> tuple[Endpoint, str]:
     """Where to dial and the export's name, of `nbd://HOST[:PORT]/NAME` or `nbd+unix:///NAME?socket=PATH`."""
     try:
@@ -206,6 +221,9 @@ def parse_nbd_uri(text: str) -> tuple[Endpoint, str]:
     if parts.scheme == "nbd" and parts.hostname:
         return Endpoint(host=parts.hostname, port=DEFAULT_PORT if port is None else port), name
     raise UsageError(f"{text!r} is not an NBD URI: write nbd://HOST/NAME or nbd+unix:///NAME?socket=PATH")
+
+
+DEFAULT_METRICS: Final = Endpoint(host="127.0.0.1", port=9810)
 
 
 def runtime_directory() -> Path:
@@ -234,6 +252,8 @@ class ServeSettings:
     write_wait_s: float = 20.0
     control: Path | None = None
     follow_pressure: bool = False
+    metrics: Endpoint | None = None
+    metrics_required: bool = False  # else the server goes without if the port is taken
 
     def check(self) -> None:
         """What can be said without opening anything."""

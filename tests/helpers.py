@@ -549,7 +549,8 @@ async def running(
     """`nbdram serve` that has printed as many URIs as told; listens on nbd.sock unless told otherwise."""
     if command is None:
         listen = () if "--listen" in arguments else ("--listen", f"unix:{directory / 'nbd.sock'}")
-        command = command_line("serve", *listen, *arguments)
+        metrics = () if "--metrics" in arguments else ("--metrics", "off")
+        command = command_line("serve", *listen, *metrics, *arguments)
     async with _process(command, environment) as process:
         assert process.stdout
         printed: list[str] = []

@@ -9,12 +9,14 @@ import uvloop
 from nbdram.config import (
     DEFAULT_EXPORT_NAME,
     DEFAULT_EXPORT_SIZE,
+    DEFAULT_METRICS,
     ExportSettings,
     ServeSettings,
     SwapSettings,
     default_listen,
     format_size,
     parse_listen,
+    parse_metrics,
     parse_size,
 )
 from nbdram.errors import UsageError
@@ -70,6 +72,12 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         metavar="PATH",
         help="the control socket (default: nbdram.control in the runtime directory)",
     )
+    parser.add_argument(
+        "--metrics",
+        metavar="ADDRESS:PORT|off",
+        help=f"where Prometheus metrics and the status page are served, over HTTP (default: {DEFAULT_METRICS.netloc}, "
+        "if that is free)",
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="log every connection")
     parser.set_defaults(run=run)
 
@@ -90,6 +98,8 @@ def run(arguments: argparse.Namespace) -> int:
         swap=tuple(SwapSettings.parse(text) for text in arguments.swap or ()),
         write_wait_s=arguments.write_wait,
         control=arguments.control,
+        metrics=DEFAULT_METRICS if arguments.metrics is None else parse_metrics(arguments.metrics),
+        metrics_required=arguments.metrics is not None,
     )
     settings.check()
     uvloop.run(serve(settings))

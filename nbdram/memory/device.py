@@ -12,6 +12,7 @@ from typing import Final
 
 from nbdram.memory.budget import Budget
 from nbdram.memory.codec import Codec, IntegrityError
+from nbdram.memory.histogram import Histogram
 from nbdram.memory.layout import (
     CLUSTER,
     CLUSTER_SHIFT,
@@ -61,7 +62,9 @@ class Device(Space):
         self._damaged: set[int] = set()  # clusters whose image is known to be damaged
         self.ram_faults = 0  # READs answered out of an image in RAM
         self.refaults = 0  # pages that became resident again after they had been reclaimed
+        self.disk_faults = 0  # images that had to be read from disk
         self.ram_fault_times = Recent()
+        self.ram_fault_seconds = Histogram()
 
     def read(self, offset: int, length: int) -> bytes:
         """The plain twin of the hot loop's READ; blocks for what is on disk."""
@@ -106,7 +109,9 @@ class Device(Space):
         if not self.ram_faults & _SAMPLED_FAULTS:
             begun = time.perf_counter()
             content = self._read_image(cluster, word, offset, end)
-            self.ram_fault_times.add(time.perf_counter() - begun)
+            seconds = time.perf_counter() - begun
+            self.ram_fault_times.add(seconds)
+            self.ram_fault_seconds.observe(seconds, _SAMPLED_FAULTS + 1)
             return content
         return self._read_image(cluster, word, offset, end)
 
@@ -178,6 +183,7 @@ class Device(Space):
         new_pages = mask.bit_count()
         self.budget.free_pages -= new_pages
         self.resident_pages += new_pages
+        self.duplicate_pages += new_pages
         self.refaults += new_pages
         self.words[cluster] |= mask
         self.references[cluster] = TOUCHED
@@ -306,12 +312,16 @@ class Device(Space):
             else:
                 word = 0
                 self.count_index_page(cluster)
-            new_pages += (mask & ~word).bit_count()
+            added = (mask & ~word).bit_count()
+            new_pages += added
             words[cluster] = new_word = word | mask * RESIDENT_AND_DIRTY
             references[cluster] = TOUCHED
-            if new_word & WHOLE == WHOLE and word >> LENGTH_SHIFT:  # no page needs the image any more
-                words[cluster] = WHOLE
-                self.drop_image(cluster, word)
+            if word >> LENGTH_SHIFT:
+                if new_word & WHOLE == WHOLE:  # no page needs the image any more
+                    words[cluster] = WHOLE
+                    self.drop_image(cluster, word)
+                else:
+                    self.duplicate_pages += added
         self.resident_pages += new_pages
         return new_pages
 

@@ -7,6 +7,7 @@ from typing import Final
 
 from nbdram.memory.codec import IntegrityError
 from nbdram.memory.device import Device, FarPage, Image, Images, Piece
+from nbdram.memory.histogram import Histogram
 from nbdram.memory.layout import CLUSTER_SHIFT, LENGTH_SHIFT
 from nbdram.memory.recent import Recent
 
@@ -21,6 +22,7 @@ class Fetcher:
         self._under_way: dict[tuple[Device, int, int], asyncio.Future[bytes]] = {}
         self.fetched = 0
         self.times = Recent()
+        self.seconds = Histogram()
 
     async def gather(self, device: Device, start: int, end: int) -> list[Piece]:
         """What `Device.gather` gives, with everything that is on disk fetched. OSError as the disk gave it."""
@@ -60,7 +62,10 @@ class Fetcher:
                 raise
             return 0, b""
         self.fetched += 1
-        self.times.add(time.perf_counter() - begun)
+        device.disk_faults += 1
+        seconds = time.perf_counter() - begun
+        self.times.add(seconds)
+        self.seconds.observe(seconds)
         return word, image
 
     def close(self) -> None:

@@ -91,6 +91,7 @@ class Space:
         self.disk_clusters = 0  # that have one on disk
         self.index_pages = 0
         self.disk_pages = 0  # of images on disk
+        self.duplicate_pages = 0  # resident pages of clusters that have an image
         self.senders: set[Sender] = set()
         self.incoming: set[Incoming] = set()
         self.reclaiming: set[int] = set()  # clusters that a worker compresses just now
@@ -108,6 +109,12 @@ class Space:
 
     def word(self, cluster: int) -> int:
         return self.words[cluster] if self.references[cluster] else 0
+
+    @property
+    def stored_bytes(self) -> int:
+        """What the device holds, however it is kept: resident pages, and the content of images, each page once."""
+        images = self.cold_clusters + self.disk_clusters
+        return (self.resident_pages - self.duplicate_pages) * PAGE + images * CLUSTER
 
     # -- what is where -----------------------------------------------------------------------------
 
@@ -267,6 +274,7 @@ class Space:
         if not length:
             return
         pages = image_pages(length)
+        self.duplicate_pages -= (word & RESIDENT).bit_count()
         if word >> TIER_SHIFT & TIER_MASK == Tier.RAM:
             self.ram.drop(cluster, word >> SLOT_SHIFT & 1, length)
             self.cold_pages -= pages
@@ -292,7 +300,9 @@ class Space:
         self.words[cluster] = word & ~WHOLE
         self.references[cluster] = cold_reference(word)
         base = cluster << CLUSTER_SHIFT
-        self.release(base, base + CLUSTER, (word & RESIDENT).bit_count())
+        pages = (word & RESIDENT).bit_count()
+        self.duplicate_pages -= pages
+        self.release(base, base + CLUSTER, pages)
 
     def take_image(self, cluster: int, image: int) -> None:
         """A new image, described by the word `image`, has all of the cluster from now on."""

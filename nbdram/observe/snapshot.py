@@ -1,10 +1,13 @@
 """All that a running server can tell of itself, as plain numbers, read when somebody asks."""
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from nbdram import __version__
 from nbdram.memory.layout import CLUSTER, PAGE
 from nbdram.memory.recent import Recent
+from nbdram.server.counters import COMMANDS
 
 if TYPE_CHECKING:
     from nbdram.server.exports import Export
@@ -16,7 +19,8 @@ Snapshot = dict[str, Any]  # ready for JSON: numbers, strings, and such dictiona
 def take(server: "Server") -> Snapshot:
     """Sizes in bytes, times in seconds, the rest counted since the server started."""
     budget, reclaimer, fetcher = server.exports.budget, server.reclaimer, server.service.fetcher
-    exports = [_export(export) for export in server.exports]
+    served = list(server.exports)
+    exports = [_export(export) for export in served]
     ram_times = Recent()
     for device in server.exports.devices():
         ram_times.extend(device.ram_fault_times)
@@ -42,12 +46,12 @@ def take(server: "Server") -> Snapshot:
             for area in server.areas
         ],
         "connections": len(server.service.connections),
-        "operations": counters.operations.copy(),
-        "read_bytes": counters.read_bytes,
-        "written_bytes": counters.written_bytes,
-        "errors": counters.errors,
-        "handshake_failures": counters.handshake_failures,
-        "write_waits": counters.write_waits,
+        "operations": _sum_by_name(export.counters.operations for export in served),
+        "read_bytes": sum(export.counters.read_bytes for export in served),
+        "written_bytes": sum(export.counters.written_bytes for export in served),
+        "errors": sum(sum(export.counters.errors.values()) for export in served) + counters.protocol_errors,
+        "handshake_failures": sum(counters.handshake_failures.values()),
+        "write_waits": sum(export.counters.write_waits for export in served),
     }
 
 
@@ -67,6 +71,13 @@ def _export(export: "Export") -> Snapshot:
         "refaulted_pages": device.refaults,
         "connections": export.connections,
     }
+
+
+def _sum_by_name(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter(dict.fromkeys(COMMANDS.values(), 0))
+    for count in counts:
+        total.update(count)
+    return dict(total)
 
 
 def _percentiles(times: Recent) -> dict[str, float | None]:

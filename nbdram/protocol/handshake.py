@@ -13,7 +13,7 @@ Rules that are easy to lose:
 
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import Protocol
 
 from nbdram.protocol import wire
@@ -66,11 +66,27 @@ class Negotiated:
     contexts: dict[int, str]
 
 
+class Failure(StrEnum):
+    """Why a handshake can come to nothing."""
+
+    ABORTED = "aborted"  # by the client, in the way the protocol has for that
+    HUNG_UP = "hung_up"  # by the client, without a word
+    LATE = "late"
+    CROWDED_OUT = "crowded_out"  # by newer ones, when there were too many
+    TURNED_AWAY = "turned_away"  # there were too many connections
+    MALFORMED = "malformed"
+    TOO_MANY_OPTIONS = "too_many_options"
+    UNKNOWN_EXPORT = "unknown_export"
+    TLS_REQUIRED = "tls_required"
+    PLAINTEXT_BEHIND_STARTTLS = "plaintext_behind_starttls"
+
+
 @dataclass(frozen=True)
 class Refused:
     """The connection is to be closed after what is queued was sent."""
 
     reason: str
+    failure: Failure = Failure.MALFORMED
 
 
 @dataclass(frozen=True)
@@ -153,7 +169,7 @@ class Handshake:
             if length > wire.MAX_OPTION_BYTES:
                 yield -length
                 if option == Option.EXPORT_NAME:
-                    return Refused("the client asked for an export by an oversized name")
+                    return Refused("the client asked for an export by an oversized name", Failure.UNKNOWN_EXPORT)
                 self._reply(option, OptionReply.ERR_TOO_BIG, "this option is too long")
                 continue
             data = yield length
@@ -167,17 +183,17 @@ class Handshake:
                 self._reply(option, OptionReply.ERR_INVALID, reason)
             if outcome is not None:
                 return outcome
-        return Refused(f"the client sent more than {wire.MAX_OPTIONS} options")
+        return Refused(f"the client sent more than {wire.MAX_OPTIONS} options", Failure.TOO_MANY_OPTIONS)
 
     def _answer(self, option: int, data: bytes) -> Outcome | None:
         if option == Option.ABORT:
             self._reply(option, OptionReply.ACK)
-            return Refused("the client ended the handshake")
+            return Refused("the client ended the handshake", Failure.ABORTED)
         if option == Option.STARTTLS:
             return self._starttls(data)
         if self.tls is TlsPolicy.REQUIRED and not self.secure:
             if option == Option.EXPORT_NAME:
-                return Refused("the client asked for an export without TLS, which is required")
+                return Refused("the client asked for an export without TLS, which is required", Failure.TLS_REQUIRED)
             self._reply(option, OptionReply.ERR_TLS_REQD, "this server requires TLS")
             return None
         match option:
@@ -208,7 +224,7 @@ class Handshake:
             self._reply(Option.STARTTLS, OptionReply.ERR_POLICY, "TLS is not set up here")
             return None
         if self._in:
-            return Refused("the client sent plaintext behind STARTTLS")
+            return Refused("the client sent plaintext behind STARTTLS", Failure.PLAINTEXT_BEHIND_STARTTLS)
         self._reply(Option.STARTTLS, OptionReply.ACK)
         return UpgradeToTls(self.no_zeroes)
 
@@ -217,7 +233,7 @@ class Handshake:
             return Refused("the client used EXPORT_NAME after extended headers")
         export = self.catalogue.find(wire.check_string(data))
         if export is None:
-            return Refused("the client asked for an export that does not exist")
+            return Refused("the client asked for an export that does not exist", Failure.UNKNOWN_EXPORT)
         self._out += wire.EXPORT_NAME_REPLY.pack(export.size, self._flags(export))
         if not self.no_zeroes:
             self._out += bytes(124)

@@ -105,22 +105,22 @@ def begin(
             elif length <= _INLINE_READ_BYTES and not (length > 4096 and flags):
                 _read_now(connection, out, flags, cookie, offset, end)
             else:
-                connection.spawn(_long_read(connection, flags, cookie, offset, end))
+                connection.spawn(command, _long_read(connection, flags, cookie, offset, end))
         case Command.TRIM:
-            _in_steps(connection, out, cookie, offset, end, device.trim)
+            _in_steps(connection, out, command, cookie, offset, end, device.trim)
         case Command.WRITE_ZEROES:
             keep = bool(flags & CommandFlag.NO_HOLE)
             if keep and flags & CommandFlag.FAST_ZERO:
                 message = "zeros that stay allocated are not faster than a WRITE"
-                connection.refuse(out, cookie, offset, errno.ENOTSUP, message)
+                connection.refuse(out, command, cookie, offset, errno.ENOTSUP, message)
                 return
             if keep:
-                connection.spawn(_write_zeros(connection, cookie, offset, end))
+                connection.spawn(command, _write_zeros(connection, cookie, offset, end))
             else:
-                _in_steps(connection, out, cookie, offset, end, device.zero)
+                _in_steps(connection, out, command, cookie, offset, end, device.zero)
         case Command.BLOCK_STATUS:
             contexts = tuple(connection.contexts)
-            connection.spawn(_block_status(connection, flags, cookie, offset, end, contexts))
+            connection.spawn(command, _block_status(connection, flags, cookie, offset, end, contexts))
         case _:  # FLUSH: what was acknowledged is in RAM already. CACHE: so is all the rest.
             out.append(connection.replies.done(cookie, offset))
 
@@ -137,50 +137,54 @@ def block_status_with_payload(
         message = "past the end of the export"
     else:
         end = offset + effect
-        connection.spawn(_block_status(connection, flags, cookie, offset, end, ids))
+        connection.spawn(Command.BLOCK_STATUS, _block_status(connection, flags, cookie, offset, end, ids))
         return
-    connection.refuse(out, cookie, offset, errno.EINVAL, message)
+    connection.refuse(out, Command.BLOCK_STATUS, cookie, offset, errno.EINVAL, message)
 
 
 # -- steps ---------------------------------------------------------------------------------------------
 
 
 def _in_steps(
-    connection: "Connection", out: "list[Buffer]", cookie: int, offset: int, end: int, begin: Stepwise
+    connection: "Connection", out: "list[Buffer]", command: int, cookie: int, offset: int, end: int, begin: Stepwise
 ) -> None:
     steps = begin(offset, end)
     try:
         for done, _ in enumerate(steps, 1):
             if done == _STEPS_AT_ONCE:
-                connection.spawn(_finish_steps(connection, cookie, offset, steps))
+                connection.spawn(command, _finish_steps(connection, command, cookie, offset, steps))
                 return
     except FarPage:  # of a page at an edge: nothing has changed yet
-        connection.spawn(_fetch_and_begin(connection, cookie, offset, end, begin))
+        connection.spawn(command, _fetch_and_begin(connection, command, cookie, offset, end, begin))
     except OSError as error:
-        connection.refuse(out, cookie, offset, *reason(error))
+        connection.fail(out, command, cookie, offset, error)
     else:
         out.append(connection.replies.done(cookie, offset))
 
 
-async def _fetch_and_begin(connection: "Connection", cookie: int, offset: int, end: int, begin: Stepwise) -> None:
+async def _fetch_and_begin(
+    connection: "Connection", command: int, cookie: int, offset: int, end: int, begin: Stepwise
+) -> None:
     try:
         await connection.fetcher.fetch_edges(connection.device, offset, end)
     except OSError as error:
         out: list[Buffer] = []
-        connection.refuse(out, cookie, offset, *reason(error))
+        connection.fail(out, command, cookie, offset, error)
         connection.send(out)
     else:
-        await _finish_steps(connection, cookie, offset, begin(offset, end))
+        await _finish_steps(connection, command, cookie, offset, begin(offset, end))
 
 
-async def _finish_steps(connection: "Connection", cookie: int, offset: int, steps: Iterator[None]) -> None:
+async def _finish_steps(
+    connection: "Connection", command: int, cookie: int, offset: int, steps: Iterator[None]
+) -> None:
     out: list[Buffer] = []
     pause = _Pause()
     try:
         for _ in steps:
             await pause()
     except OSError as error:
-        connection.refuse(out, cookie, offset, *reason(error))
+        connection.fail(out, command, cookie, offset, error)
     else:
         out.append(connection.replies.done(cookie, offset))
     connection.send(out)
@@ -204,7 +208,7 @@ async def _write_zeros(connection: "Connection", cookie: int, offset: int, end: 
                     raise
             await pause()
     except OSError as error:
-        connection.refuse(out, cookie, offset, *reason(error))
+        connection.fail(out, Command.WRITE_ZEROES, cookie, offset, error)
     else:
         out.append(connection.replies.done(cookie, offset))
     connection.send(out)
@@ -263,9 +267,9 @@ def _read_now(connection: "Connection", out: "list[Buffer]", flags: int, cookie:
     try:
         pieces = connection.device.gather(offset, end)
     except FarPage:
-        connection.spawn(_read(connection, flags, cookie, offset, end))
+        connection.spawn(Command.READ, _read(connection, flags, cookie, offset, end))
     except OSError as error:
-        connection.refuse(out, cookie, offset, *reason(error))
+        connection.fail(out, Command.READ, cookie, offset, error)
     else:
         if _in_one_piece(connection, flags):
             out.append(connection.replies.data(cookie, offset, end - offset, offset, last=True))
@@ -305,7 +309,7 @@ async def _read(connection: "Connection", flags: int, cookie: int, offset: int, 
             out.insert(0, connection.replies.data(cookie, offset, end - offset, offset, last=True))
     except OSError as error:
         out = []
-        connection.refuse(out, cookie, offset, *reason(error))
+        connection.fail(out, Command.READ, cookie, offset, error)
     connection.send(out)
 
 

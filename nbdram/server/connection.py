@@ -32,6 +32,7 @@ from nbdram.memory.incoming import Incoming
 from nbdram.memory.layout import CLUSTER, CLUSTER_SHIFT, RESIDENT_AND_DIRTY, RESIDENT_MASKS, TOUCHED
 from nbdram.protocol import wire
 from nbdram.protocol.handshake import (
+    Failure,
     Handshake,
     Negotiated,
     Refused,
@@ -39,6 +40,7 @@ from nbdram.protocol.handshake import (
 )
 from nbdram.protocol.replies import Replies, SimpleReplies, replies_for
 from nbdram.server import commands
+from nbdram.server.counters import COMMANDS, SAMPLE_EVERY, ServiceCounters
 from nbdram.server.exports import Export, Exports
 
 log = logging.getLogger("nbdram.connection")
@@ -69,21 +71,6 @@ _DOZE_MAX_S: Final = 60e-6
 
 Buffer = bytes | memoryview
 
-_COMMAND_NAMES = {int(command): command.name.lower() for command in wire.Command}
-
-
-class Counters:
-    """What all connections have done; the metrics read it."""
-
-    def __init__(self) -> None:
-        self.operations = dict.fromkeys(_COMMAND_NAMES.values(), 0)
-        self.read_bytes = 0
-        self.written_bytes = 0
-        self.errors = 0
-        self.handshake_failures = 0
-        self.turned_away = 0  # connections, because there were too many
-        self.write_waits = 0
-
 
 class Service:
     """What the connections of one server share."""
@@ -94,7 +81,8 @@ class Service:
         self.haggling: dict[Connection, None] = {}  # those in the handshake phase, the oldest first
         self.max_connections = MAX_CONNECTIONS
         self._full = False
-        self.counters = Counters()
+        self.counters = ServiceCounters(dict.fromkeys(Failure, 0))
+        self.batches = 0
         self.last_served: Connection | None = None
         self.write_wait_s = WRITE_WAIT_S
         self.fetcher = Fetcher()
@@ -103,9 +91,10 @@ class Service:
 
     def admit(self, connection: "Connection") -> bool:
         """Take in a new connection; False if there are too many. Handshakes make room, the oldest first."""
+        self.counters.connections_accepted += 1
         full = len(self.connections) >= self.max_connections
         if full and not self.haggling:
-            self.counters.turned_away += 1
+            self.counters.handshake_failures[Failure.TURNED_AWAY] += 1
             if not self._full:
                 log.warning("%d connections: more are turned away", len(self.connections))
             self._full = True
@@ -113,7 +102,7 @@ class Service:
         self._full = False
         if full or len(self.haggling) >= MAX_HANDSHAKES:
             oldest = next(iter(self.haggling))
-            self.counters.handshake_failures += 1
+            self.counters.handshake_failures[Failure.CROWDED_OUT] += 1
             self.forget(oldest)
             oldest.abort()
         self.connections.add(connection)
@@ -167,6 +156,7 @@ class Connection(asyncio.BufferedProtocol):
         self._window = RECEIVE_BYTES  # how much the next recv may bring
         self._incoming: Incoming | None = None
         self._incoming_request = (0, 0)  # its cookie and offset
+        self._incoming_since = 0.0
         self._skip = 0  # bytes of a refused payload that are still to come
         self._skip_reply: Buffer = b""  # the refusal, held back until then
         # sending
@@ -245,6 +235,8 @@ class Connection(asyncio.BufferedProtocol):
             self.device.senders.discard(self)
             self.export.connections -= 1
             log.info("%s closed export %r", self._peer, self.export.name)
+        elif self in self._service.haggling and not self._closing:
+            self._service.counters.handshake_failures[Failure.HUNG_UP] += 1
         self._service.forget(self)
 
     # -- handshake phase -----------------------------------------------------------------------------
@@ -260,12 +252,13 @@ class Connection(asyncio.BufferedProtocol):
         if isinstance(outcome, Negotiated):
             self._enter_transmission(outcome, handshake.leftover())
         elif isinstance(outcome, Refused):
-            self._service.counters.handshake_failures += 1
+            self._service.counters.handshake_failures[outcome.failure] += 1
             log.info("%s left in the handshake: %s", self._peer, outcome.reason)
             self.close_when_idle()
 
     def _handshake_late(self) -> None:
-        self._service.counters.handshake_failures += 1
+        self._closing = True
+        self._service.counters.handshake_failures[Failure.LATE] += 1
         log.info("%s did not finish the handshake in %g s", self._peer, HANDSHAKE_TIMEOUT_S)
         self._transport.abort()
 
@@ -281,6 +274,7 @@ class Connection(asyncio.BufferedProtocol):
         self._service.haggling.pop(self, None)
         self.export, self.device = export, export.device
         export.connections += 1
+        export.counters.connections_opened += 1
         self.contexts = agreed.contexts
         self.replies = replies_for(agreed.mode)
         self._mode = agreed.mode
@@ -297,6 +291,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def _parse(self, end: int) -> None:
         """Answer the requests in the first `end` bytes of the receive buffer; hold what is incomplete."""
+        service = self._service
+        service.batches += 1
+        sample = None if service.batches % SAMPLE_EVERY else self._begin_sample()
         device = self.device
         buffer, view = self._buffer, self._view
         unpack, header_bytes, expected = self._unpack, self._header_bytes, self._magic
@@ -402,8 +399,7 @@ class Connection(asyncio.BufferedProtocol):
             if self._stalled or self._closing:
                 break
 
-        service = self._service
-        counters = service.counters
+        counters = self.export.counters
         operations = counters.operations
         operations["read"] += reads
         operations["write"] += writes
@@ -413,6 +409,8 @@ class Connection(asyncio.BufferedProtocol):
             self._held = bytes(view[at:end])
         if out:
             self._send(out)
+            if sample:
+                self._end_sample(*sample)
             if reads >= _DOZE_FROM and service.last_served is self and not self._stalled:
                 time.sleep(min(reads * _DOZE_PER_READ_S, _DOZE_MAX_S))
         service.last_served = self
@@ -422,7 +420,7 @@ class Connection(asyncio.BufferedProtocol):
         try:
             content = self.device.read_cold(cluster, offset, stop)
         except OSError as error:
-            self.refuse(out, cookie, offset, *commands.reason(error))
+            self.fail(out, wire.Command.READ, cookie, offset, error)
             return True
         if content is None:
             return False
@@ -465,7 +463,7 @@ class Connection(asyncio.BufferedProtocol):
             return -1
         self._count(command)
         if refusal is not None:
-            self.refuse(out, cookie, offset, *refusal)
+            self.refuse(out, command, cookie, offset, *refusal)
         elif command == wire.Command.DISC:
             self._transport.pause_reading()
             self.close_when_idle()
@@ -504,16 +502,17 @@ class Connection(asyncio.BufferedProtocol):
                     incoming.received(arrived)
                 self._incoming = incoming
                 self._incoming_request = (cookie, offset)
+                self._incoming_since = time.perf_counter()
         except OSError as error:
             if self._wait_for(error, offset, offset + length):
                 return -1
             self._count(wire.Command.WRITE)
-            self.refuse(out, cookie, offset, *commands.reason(self._fetch_error or error))
+            self.fail(out, wire.Command.WRITE, cookie, offset, self._fetch_error or error)
             self._fetch_error = None
             return self._after_payload(start, end, out, length)
-        self._starving_since = 0.0
+        self._end_wait()
         self._count(wire.Command.WRITE)
-        self._service.counters.written_bytes += length
+        self.export.counters.written_bytes += length
         return start + arrived
 
     def _wait_for(self, error: OSError, offset: int, end: int) -> bool:
@@ -530,14 +529,19 @@ class Connection(asyncio.BufferedProtocol):
             self._starving_since = now
         left = self._starving_since + self.write_wait_s - now
         if not budget.hopeful or left <= 0:
-            self._starving_since = 0.0
+            self._end_wait()
             return False
-        self._service.counters.write_waits += 1
+        self.export.counters.write_waits += 1
         self._starved = True
         self._stall()
         budget.waiting.append(self._memory_freed)
         self._hunger = self._loop.call_later(left, self._try_again)
         return True
+
+    def _end_wait(self) -> None:
+        if self._starving_since:
+            self._service.counters.write_wait_seconds.observe(self._loop.time() - self._starving_since)
+            self._starving_since = 0.0
 
     def _wait_for_disk(self, offset: int, end: int) -> None:
         """Stall until the pages that a WRITE covers only in part are read from disk, and try it again."""
@@ -551,7 +555,7 @@ class Connection(asyncio.BufferedProtocol):
 
         self._starved = True
         self._stall()
-        self.spawn(fetch())
+        self.spawn(wire.Command.WRITE, fetch())
 
     async def memory_freed(self, deadline: float) -> bool:
         """For tasks: wait until memory is free; False when there is no hope, or at `deadline` (monotonic)."""
@@ -584,6 +588,8 @@ class Connection(asyncio.BufferedProtocol):
             # More of the same is likely: take only the next header, so that its payload needs no copy.
             self._window = self._header_bytes
             self._send([self.replies.done(*self._incoming_request)])
+            seconds = time.perf_counter() - self._incoming_since
+            self._service.counters.inline_seconds["write"].observe(seconds)
             self._close_if_idle()
         elif incoming.is_held_up:
             self._grant(incoming)
@@ -592,7 +598,7 @@ class Connection(asyncio.BufferedProtocol):
         """Let a large WRITE go on, wait until it can, or refuse it and pass over the rest of its payload."""
         try:
             incoming.grant()
-            self._starving_since = 0.0
+            self._end_wait()
         except OSError as error:
             if self._wait_for(error, *incoming.remaining):
                 return
@@ -601,7 +607,7 @@ class Connection(asyncio.BufferedProtocol):
             refusal: list[Buffer] = []
             reason = self._fetch_error or error
             self._fetch_error = None
-            self.refuse(refusal, *self._incoming_request, *commands.reason(reason))
+            self.fail(refusal, wire.Command.WRITE, *self._incoming_request, reason)
             self._skip, self._skip_reply = end - start, refusal[0]
 
     def _abandon_incoming(self) -> None:
@@ -610,38 +616,60 @@ class Connection(asyncio.BufferedProtocol):
             self._incoming = None
 
     def _count(self, command: int) -> None:
-        if name := _COMMAND_NAMES.get(command):
-            self._service.counters.operations[name] += 1
+        if name := COMMANDS.get(command):
+            self.export.counters.operations[name] += 1
 
     def count_read(self, length: int) -> None:
-        self._service.counters.read_bytes += length
+        self.export.counters.read_bytes += length
 
-    def refuse(self, out: list[Buffer], cookie: int, offset: int, number: int, message: str) -> None:
-        self._service.counters.errors += 1
+    def _begin_sample(self) -> tuple[float, int, int, int]:
+        operations = self.export.counters.operations
+        return time.perf_counter(), operations["read"], operations["write"], len(self._tasks)
+
+    def _end_sample(self, begun: float, reads: int, writes: int, tasks: int) -> None:
+        """Each request of this batch was answered so long after it came; a batch that began a task is left out."""
+        if len(self._tasks) <= tasks:
+            seconds = time.perf_counter() - begun
+            operations, histograms = self.export.counters.operations, self._service.counters.inline_seconds
+            histograms["read"].observe(seconds, (operations["read"] - reads) * SAMPLE_EVERY)
+            histograms["write"].observe(seconds, (operations["write"] - writes) * SAMPLE_EVERY)
+
+    def refuse(self, out: list[Buffer], command: int, cookie: int, offset: int, number: int, message: str) -> None:
+        """Answer a request with an error."""
+        if name := COMMANDS.get(command):
+            self.export.counters.errors[name] += 1
         out.append(self.replies.error(cookie, offset, number, message))
+
+    def fail(self, out: list[Buffer], command: int, cookie: int, offset: int, error: OSError) -> None:
+        """Answer a request that the device could not serve."""
+        if error.errno == errno.ENOSPC:
+            self.export.counters.out_of_memory += 1
+        self.refuse(out, command, cookie, offset, *commands.reason(error))
 
     def _out_of_sync(self, magic: int) -> None:
         self._broken(f"sent a request without its magic ({magic:#010x})")
 
     def _broken(self, what: str) -> None:
         """The peer can't be understood any more: hang up."""
-        self._service.counters.errors += 1
+        self._service.counters.protocol_errors += 1
         log.warning("%s %s: closed", self._peer, what)
         self._closing = True
         self._transport.abort()
 
     # -- requests that take a while ------------------------------------------------------------------
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def spawn(self, command: int, work: Coroutine[Any, Any, None]) -> None:
         """Run a request as a task of this connection; it ends by calling `send`."""
         task = self._loop.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._task_done)
+        begun = time.perf_counter()
+        task.add_done_callback(lambda task: self._task_done(task, command, begun))
         if len(self._tasks) >= MAX_TASKS:
             self._stall()
 
-    def _task_done(self, task: asyncio.Task[None]) -> None:
+    def _task_done(self, task: asyncio.Task[None], command: int, begun: float) -> None:
         self._tasks.discard(task)
+        self._service.counters.task_seconds[COMMANDS[command]].observe(time.perf_counter() - begun)
         if self._lost:
             return
         if not task.cancelled() and (error := task.exception()) is not None:

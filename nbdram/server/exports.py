@@ -12,6 +12,7 @@ from nbdram.memory.layout import CLUSTER
 from nbdram.memory.tiers.disk import DiskTier, SwapArea
 from nbdram.protocol.handshake import ExportInfo
 from nbdram.protocol.wire import TransmissionFlag as Flag
+from nbdram.server.counters import ExportCounters
 
 # The same on every start: a client that reconnects must find what it had.
 _FLAGS = (
@@ -40,6 +41,7 @@ class Export:
         self.read_only = read_only
         self.description = description
         self.connections = 0
+        self.counters = ExportCounters()
 
     def info(self) -> ExportInfo:
         flags = _FLAGS | (Flag.READ_ONLY if self.read_only else 0)

@@ -19,6 +19,8 @@ from nbdram.memory.reclaim import Reclaimer
 from nbdram.memory.tiers.disk import SwapArea
 from nbdram.observe import snapshot
 from nbdram.observe.control import ControlServer, default_path
+from nbdram.observe.lag import LoopLag
+from nbdram.observe.web import WebServer, pages
 from nbdram.server.connection import MAX_CONNECTIONS, Connection, Service
 from nbdram.server.exports import Exports
 from nbdram.server.listeners import open_listeners, unlink_if_ours
@@ -38,19 +40,25 @@ class Server:
         self.settings = settings
         budget = Budget(settings.memory)
         self.areas = _swap_areas(settings)
-        self.exports = Exports(budget, self.areas)
-        self.reclaimer = Reclaimer(budget, self.exports.devices)
-        self.service = Service(self.exports)
+        self.exports: Exports = Exports(budget, self.areas)
+        self.reclaimer: Reclaimer = Reclaimer(budget, self.exports.devices)
+        self.service: Service = Service(self.exports)
         self.service.write_wait_s = settings.write_wait_s
         self.endpoints: list[Endpoint] = []
         self._servers: list[asyncio.AbstractServer] = []
         self._control: ControlServer | None = None
+        self.lag: LoopLag = LoopLag()
+        self.ready: bool = False  # all is set up, and nobody has asked us to stop
+        self.web: WebServer | None = None
+        self.auto_budget: AutoBudget | None = None
         self._pressure: asyncio.Task[None] | None = None
         self._socket_files: list[tuple[str, int]] = []
 
     async def start(self) -> None:
         """Make the exports and listen; on any error nothing is left behind."""
         try:
+            self.web = self._open_web()
+            self.lag.start()
             for export in self.settings.exports:
                 self.exports.create(
                     export.name,
@@ -66,6 +74,7 @@ class Server:
             self.service.max_connections = min(MAX_CONNECTIONS, _connections_possible())
             if self.settings.follow_pressure:
                 self._pressure = asyncio.create_task(self._follow_pressure())
+            self.ready = True
         except BaseException:
             await self.stop()
             raise
@@ -89,7 +98,7 @@ class Server:
         if path is None:
             log.warning("--memory auto: this kernel does not tell memory pressure; the budget stays as it is")
             return
-        auto = AutoBudget(self.exports.budget, path, MIN_MEMORY)
+        self.auto_budget = auto = AutoBudget(self.exports.budget, path, MIN_MEMORY)
         while True:
             await asyncio.sleep(INTERVAL_S)
             auto.step()
@@ -104,11 +113,24 @@ class Server:
             log.info("no control socket: %s", error)
             return None
 
+    def _open_web(self) -> WebServer | None:
+        endpoint = self.settings.metrics
+        if endpoint is None:
+            return None
+        try:
+            return WebServer(endpoint, pages(self))
+        except NbdramError as error:
+            if self.settings.metrics_required:
+                raise
+            log.warning("no metrics and no status page: %s", error)
+            return None
+
     def _connect(self) -> Connection:
         return Connection(self.service)
 
     async def stop(self) -> None:
         """No new connections; requests in flight are answered (bounded in time); memory is given back."""
+        self.ready = False
         if self._pressure:
             self._pressure.cancel()
         if self._control:
@@ -132,6 +154,10 @@ class Server:
         with suppress(BufferError):  # a view that a dying connection still holds goes with the process
             self.exports.close()
         self.service.fetcher.close()
+        self.lag.stop()
+        if self.web:
+            self.web.stop()
+            self.web = None
         for area in self.areas:
             area.close()
 

@@ -282,6 +282,9 @@ class DeviceMachine(RuleBasedStateMachine):
         assert hot_pages(self.device) == len(self.resident) + len(stray)
         assert self.device.cold_pages * PAGE == self.device.ram.allocated_bytes()
         assert self.device.index_pages == index_pages(self.device)
+        whole = self.device.backing.clusters * CLUSTER  # an image is of a whole cluster, also of the last one
+        stored = sum(end - start for start, end, tier in self.device.extents(0, whole) if tier != Tier.HOLE)
+        assert self.device.stored_bytes == stored
 
     @invariant()
     def the_budget_is_what_is_left(self) -> None:

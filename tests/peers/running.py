@@ -79,6 +79,7 @@ class Server:
         self.exports = exports
         self._stderr = directory / "server.err"
         command = [sys.executable, "-m", "nbdram", "serve", "--memory", memory, "--listen", f"unix:{self.socket}"]
+        command += ["--metrics", "off"]
         if tcp:
             command += ["--listen", "tcp://127.0.0.1:0"]
         for export in exports:

@@ -265,7 +265,7 @@ async def test_a_request_without_its_magic_ends_that_connection_only(tmp_path: P
             await client.write(0, b"before")
             await client.send(bytes(64))
             assert await client.rest() == b""
-        assert here.server.service.counters.errors == 1
+        assert here.server.service.counters.protocol_errors == 1
         await here.still_answers()
 
 

@@ -102,6 +102,13 @@ class SwapArea:
                 ) from error
             raise NbdramError(f"can't use {self.path} for swap: {error.strerror}") from error
 
+    def size_bytes(self) -> int:
+        """What may be stored here in all: `max_bytes`, or what is used and what the file system has left."""
+        if self.max_bytes:
+            return self.max_bytes
+        status = os.statvfs(self.path)
+        return self.used_bytes + status.f_bavail * status.f_frsize
+
     def has_room(self) -> bool:
         """Whether it is worth trying to store an image."""
         if self.failing and time.monotonic() < self._retry_at:
