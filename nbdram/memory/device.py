@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
+from nbdram.memory.backing import OpenFile
 from nbdram.memory.budget import Budget
 from nbdram.memory.codec import Codec, IntegrityError
 from nbdram.memory.histogram import Histogram
@@ -55,8 +56,15 @@ class FarPage(OSError):
 class Device(Space):
     """`size` bytes of sparse memory. Offsets and lengths are bytes; the caller has checked bounds."""
 
-    def __init__(self, name: str, size: int, budget: Budget, codec: Codec | None = None) -> None:
-        super().__init__(name, size, budget)
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        budget: Budget,
+        codec: Codec | None = None,
+        open_file: OpenFile | None = None,
+    ) -> None:
+        super().__init__(name, size, budget, open_file)
         self.codec = codec or Codec()
         self.integrity_errors = 0
         self._damaged: set[int] = set()  # clusters whose image is known to be damaged

@@ -24,7 +24,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, Protocol
 
-from nbdram.memory.backing import Backing
+from nbdram.memory.backing import Backing, OpenFile, anonymous
 from nbdram.memory.budget import Budget
 from nbdram.memory.layout import (
     CLUSTER,
@@ -74,12 +74,12 @@ class Sender(Protocol):
 class Space:
     """The maps of one device of at most `size` bytes, and what they hold."""
 
-    def __init__(self, name: str, size: int, budget: Budget) -> None:
+    def __init__(self, name: str, size: int, budget: Budget, open_file: OpenFile | None = None) -> None:
         self.name = name
         self.size = size
         self.budget = budget
-        self.backing = Backing(name, size)
-        self.ram = RamTier(name, self.backing.clusters)
+        self.backing = Backing(size, open_file or anonymous(name))
+        self.ram = RamTier(self.backing.cold_fd)
         self.disk: DiskTier | None = None
         self.hot = self.backing.hot
         self.hot_view = memoryview(self.hot)
@@ -100,12 +100,31 @@ class Space:
         """Give all memory back; nobody may hold a view of `hot` any more."""
         self.hot_view.release()
         self.words.release()
-        self.backing.close()
         self.ram.close()
+        self.backing.close()
         if self.disk:
             self.disk.close()
         self.budget.give(self.resident_pages + self.cold_pages + self.index_pages)
         self.resident_pages = self.cold_pages = self.index_pages = 0
+
+    def resize(self, size: int) -> None:
+        """Set the maximum. Nothing may be allocated, or on its way, above a smaller one."""
+        self.backing.resize(size)
+        if self.hot is not self.backing.hot:
+            self.hot = self.backing.hot
+            self.hot_view = memoryview(self.hot)
+        self.size = size
+
+    def last_cluster(self) -> int:
+        """The last cluster that is allocated, -1 if none is."""
+        last = -1
+        at = 0
+        while (span := self.next_span(at, self.backing.clusters)) is not None:
+            first, at = span
+            used = self.references[first:at].rstrip(b"\0")
+            if used:
+                last = first + len(used) - 1
+        return last
 
     def word(self, cluster: int) -> int:
         return self.words[cluster] if self.references[cluster] else 0

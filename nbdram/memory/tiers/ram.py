@@ -24,17 +24,15 @@ def image_pages(length: int) -> int:
 class RamTier:
     """The cold images of one device."""
 
-    def __init__(self, name: str, clusters: int) -> None:
-        self._size = 2 * clusters * CLUSTER
-        self.fd = os.memfd_create(f"nbdram:{name}:cold"[:249], os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, self._size)
+    def __init__(self, fd: int) -> None:
+        self.fd = fd  # of the file, which is somebody else's to close
         self._windows: dict[int, tuple[mmap.mmap, memoryview]] = {}
 
     def close(self) -> None:
         for area, view in self._windows.values():
             view.release()
             area.close()
-        os.close(self.fd)
+        self._windows.clear()
 
     def store(self, cluster: int, slot: int, image: list[bytes]) -> None:
         """Write an image into a free slot. May be called from any thread. OSError if there is no room for it."""
@@ -59,9 +57,9 @@ class RamTier:
 
     def _window(self, at: int) -> tuple[mmap.mmap, memoryview]:
         window = self._windows.get(at >> _WINDOW_SHIFT)
-        if window is None:
+        if window is None or at & ((1 << _WINDOW_SHIFT) - 1) >= len(window[0]):  # the device has grown since
             start = at >> _WINDOW_SHIFT << _WINDOW_SHIFT
-            length = min(1 << _WINDOW_SHIFT, self._size - start)
+            length = min(1 << _WINDOW_SHIFT, os.fstat(self.fd).st_size - start)
             area = mmap.mmap(self.fd, length, offset=start)
             no_huge_pages(area)
             window = self._windows[at >> _WINDOW_SHIFT] = (area, memoryview(area))
