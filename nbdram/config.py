@@ -48,12 +48,22 @@ def check_name(name: str) -> str:
     return name
 
 
-def _check_description(text: str) -> str:
+def check_description(text: str) -> str:
+    """An export's description as the protocol allows it."""
     if len(text.encode(errors="surrogateescape")) > MAX_STRING_BYTES:
         raise UsageError(f"an export's description may have at most {MAX_STRING_BYTES} bytes")
     if not text.isprintable():
         raise UsageError(f"the description {text!r} contains characters that can't be printed")
     return text
+
+
+def check_size(size: int) -> int:
+    """An export's maximum in bytes, as it can be."""
+    if size <= 0 or size % PAGE:
+        raise UsageError(f"the size must be a multiple of {PAGE} bytes, above 0")
+    if size > MAX_DEVICE_BYTES:
+        raise UsageError(f"an export can have at most {format_size(MAX_DEVICE_BYTES)}")
+    return size
 
 
 @dataclass(frozen=True)
@@ -77,14 +87,9 @@ class ExportSettings:
             raise UsageError(f"--export {text!r}: write NAME=MAXSIZE, as in scratch=16G")
         size_text, _, options = rest.partition(",")
         try:
-            size = parse_size(size_text)
+            size = check_size(parse_size(size_text))
         except UsageError as error:
             raise UsageError(f"--export {text!r}: {error}") from None
-        if size == 0 or size % PAGE:
-            raise UsageError(f"--export {text!r}: the size must be a multiple of {PAGE} bytes, above 0")
-        if size > MAX_DEVICE_BYTES:
-            limit = format_size(MAX_DEVICE_BYTES)
-            raise UsageError(f"--export {text!r}: an export can have at most {limit}")
         flags: set[str] = set()
         description = ""
         while options:
@@ -96,7 +101,7 @@ class ExportSettings:
                 known = "known are ro, density and description=TEXT"
                 raise UsageError(f"--export {text!r}: there is no option {option!r}; {known}")
             flags.add(option)
-        return cls(check_name(name), size, "ro" in flags, _check_description(description), "density" in flags)
+        return cls(check_name(name), size, "ro" in flags, check_description(description), "density" in flags)
 
 
 @dataclass(frozen=True)
@@ -242,7 +247,10 @@ def default_listen() -> tuple[Endpoint, ...]:
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """All of `nbdram serve`. `memory` is the budget in bytes."""
+    """All of `nbdram serve`. `memory` is the budget in bytes.
+
+    `exports` may be empty: then the one export by default is made, unless the state directory was there before.
+    """
 
     exports: tuple[ExportSettings, ...]
     listen: tuple[Endpoint, ...]
@@ -254,6 +262,7 @@ class ServeSettings:
     follow_pressure: bool = False
     metrics: Endpoint | None = None
     metrics_required: bool = False  # else the server goes without if the port is taken
+    state_dir: Path | None = None
 
     def check(self) -> None:
         """What can be said without opening anything."""

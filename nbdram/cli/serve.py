@@ -7,8 +7,6 @@ from pathlib import Path
 import uvloop
 
 from nbdram.config import (
-    DEFAULT_EXPORT_NAME,
-    DEFAULT_EXPORT_SIZE,
     DEFAULT_METRICS,
     ExportSettings,
     ServeSettings,
@@ -55,6 +53,13 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="a directory for cold data, encrypted, when compressed RAM is not enough; may be given several times",
     )
     parser.add_argument(
+        "--state-dir",
+        type=Path,
+        metavar="DIR",
+        help="keep all data, names and sizes there, so that a server started again on it goes on where this one ended; "
+        "on tmpfs, as /run or /dev/shm are",
+    )
+    parser.add_argument(
         "--write-wait",
         type=_seconds,
         default=WRITE_WAIT_S,
@@ -90,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     exports = tuple(ExportSettings.parse(text) for text in arguments.export or ())
     listen = tuple(parse_listen(text) for text in arguments.listen or ())
     settings = ServeSettings(
-        exports=exports or (ExportSettings(DEFAULT_EXPORT_NAME, DEFAULT_EXPORT_SIZE),),
+        exports=exports,
         listen=listen or default_listen(),
         memory=_memory(arguments.memory),
         follow_pressure=arguments.memory == "auto",
@@ -100,6 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
         control=arguments.control,
         metrics=DEFAULT_METRICS if arguments.metrics is None else parse_metrics(arguments.metrics),
         metrics_required=arguments.metrics is not None,
+        state_dir=arguments.state_dir,
     )
     settings.check()
     uvloop.run(serve(settings))

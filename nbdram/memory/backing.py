@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Final
 
 from nbdram.errors import NbdramError
-from nbdram.memory.layout import CLUSTER, CLUSTER_SHIFT, MAX_DEVICE_BYTES, PAGE, WORD_BYTES, round_up
+from nbdram.memory.layout import CLUSTER, CLUSTER_SHIFT, MAX_DEVICE_BYTES, WORD_BYTES, round_up
 
 _MAP_NORESERVE = 0x4000  # Linux's value; Python names it only from 3.13 on
 

@@ -1,18 +1,28 @@
-"""Exports: the names under which devices are served, and what a client is told of them."""
+"""Exports: the names under which devices are served, and what a client is told of them.
 
+With a state directory, exports and what is changed of them while the server runs are remembered there. A device is
+in its manifest from when it is complete until it is removed; see `memory/statedir.py` for the order of things.
+"""
+
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from uuid import UUID, uuid4
 
-from nbdram.errors import UsageError
+from nbdram.config import ExportSettings, format_size
+from nbdram.errors import Conflict, NbdramError, NoSuchExport, UsageError
 from nbdram.memory.budget import Budget
 from nbdram.memory.codec import Codec
 from nbdram.memory.device import Device
 from nbdram.memory.layout import CLUSTER
-from nbdram.memory.tiers.disk import DiskTier, SwapArea
+from nbdram.memory.recovery import punch_stray_pages, recount
+from nbdram.memory.statedir import StateDirectory, StoredDevice
+from nbdram.memory.tiers.disk import DiskTier, SwapArea, swap_file
 from nbdram.protocol.handshake import ExportInfo
 from nbdram.protocol.wire import TransmissionFlag as Flag
 from nbdram.server.counters import ExportCounters
+
+log = logging.getLogger("nbdram.exports")
 
 # The same on every start: a client that reconnects must find what it had.
 _FLAGS = (
@@ -34,12 +44,22 @@ class Export:
     `identity` is the device's UUID: clients that come back tell by it whether they find their data.
     """
 
-    def __init__(self, name: str, device: Device, identity: UUID, *, read_only: bool, description: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        device: Device,
+        identity: UUID,
+        *,
+        read_only: bool = False,
+        description: str = "",
+        dense: bool = False,
+    ) -> None:
         self.name = name
         self.device = device
         self.identity = identity
         self.read_only = read_only
         self.description = description
+        self.dense = dense
         self.connections = 0
         self.counters = ExportCounters()
 
@@ -47,29 +67,165 @@ class Export:
         flags = _FLAGS | (Flag.READ_ONLY if self.read_only else 0)
         return ExportInfo(self.name, self.device.size, int(flags), self.description, str(self.identity))
 
+    def stored(self) -> StoredDevice:
+        return StoredDevice(self.identity, self.name, self.device.size, self.read_only, self.description, self.dense)
+
 
 class Exports:
     """All exports of a server, in the order in which they were made; a handshake's Catalogue."""
 
-    def __init__(self, budget: Budget, areas: Sequence[SwapArea] = ()) -> None:
+    def __init__(self, budget: Budget, areas: Sequence[SwapArea] = (), state: StateDirectory | None = None) -> None:
         self.budget = budget
         self._areas = list(areas)
+        self._state = state
         self._disk_writer = ThreadPoolExecutor(1, thread_name_prefix="nbdram-disk")
         self._by_name: dict[str, Export] = {}
+
+    # -- making, changing, removing ----------------------------------------------------------------
+
+    def restore(self) -> None:
+        """Take up all devices of the state directory. NbdramError if one can't be, and then nothing has changed."""
+        state = self._state
+        assert state
+        for stored in state.manifest.devices.values():
+            opener = state.opener(stored.identity)
+            device = Device(stored.name, stored.size, self.budget, _codec(stored.dense), opener)
+            self._by_name[stored.name] = Export(
+                stored.name,
+                device,
+                stored.identity,
+                read_only=stored.read_only,
+                description=stored.description,
+                dense=stored.dense,
+            )
+            recount(device, str(state.file(stored.identity, "index")))
+        self._match_swap(state)
+        for export in self:
+            punch_stray_pages(export.device)
+            self._attach_disk(export.device, export.identity)
+        state.use_swap([area.path.resolve() for area in self._areas])
+        state.sweep()
+
+    def _match_swap(self, state: StateDirectory) -> None:
+        """The swap areas must be those that images are in: which of them has a cluster depends on all."""
+        recorded = state.manifest.swap
+        given = {area.path.resolve(): area for area in self._areas}
+        swapped = [export for export in self if export.device.disk_clusters]
+        if recorded and given.keys() == set(recorded):
+            self._areas = [given[path] for path in recorded]
+        elif swapped:
+            options = " ".join(f"--swap disk:{path}" for path in recorded)
+            raise NbdramError(f"{state.path} has data in swap: start the server with {options} and no other swap")
+        for export in swapped:
+            for path in recorded:
+                file = swap_file(path, export.identity)
+                if not file.exists():
+                    raise NbdramError(f"{file} is missing, and {export.name!r} has data in it: put it back")
 
     def create(
         self, name: str, size: int, *, read_only: bool = False, description: str = "", dense: bool = False
     ) -> Export:
         """Add an empty export of at most `size` bytes."""
         if name in self._by_name:
-            raise UsageError(f"there are two exports called {name!r}: give each a name of its own")
+            raise Conflict(f"there is an export called {name!r} already")
+        self._check_swap_files(size)
+        identity = uuid4()
+        state = self._state
+        if state:
+            state.begin(identity)
+        opener = state.opener(identity, new=True) if state else None
+        device: Device | None = None
+        try:
+            device = Device(name, size, self.budget, _codec(dense), opener)
+            self._attach_disk(device, identity)
+            export = Export(name, device, identity, read_only=read_only, description=description, dense=dense)
+            if state:
+                state.put(export.stored())
+        except BaseException:
+            if device:
+                device.close()
+            if state:
+                state.forget(identity)
+                state.sweep()
+            raise
+        self._by_name[name] = export
+        return export
+
+    def _attach_disk(self, device: Device, identity: UUID) -> None:
+        if self._areas:
+            device.disk = DiskTier(self._areas, self._disk_writer, identity, kept=self._state is not None)
+
+    def _check_swap_files(self, size: int) -> None:
         for area in self._areas:
             area.check_size(size)
-        device = Device(name, size, self.budget, Codec(CLUSTER) if dense else None)
-        if self._areas:
-            device.disk = DiskTier(self._areas, self._disk_writer)
-        export = Export(name, device, uuid4(), read_only=read_only, description=description)
-        self._by_name[name] = export
+
+    def configure(self, wanted: ExportSettings) -> None:
+        """Make an export as the command line has it; one that is there keeps its data, and a larger size."""
+        name = wanted.name
+        export = self._by_name.get(name)
+        if export is None:
+            self.create(
+                name, wanted.size, read_only=wanted.read_only, description=wanted.description, dense=wanted.dense
+            )
+            return
+        size = export.device.size
+        if wanted.size > size:
+            self.resize(name, wanted.size)
+        elif wanted.size < size:
+            log.warning(
+                "%r keeps its %s: it had %s when it was made", name, format_size(size), format_size(wanted.size)
+            )
+        if wanted.dense != export.dense:
+            log.warning("%r keeps its way to compress: density can't be changed", name)
+        export.read_only, export.description = wanted.read_only, wanted.description
+        if self._state:
+            self._state.put(export.stored())
+
+    def resize(self, name: str, size: int, *, shrink: bool = False) -> None:
+        """Set an export's maximum, while clients use it. Less only with `shrink`, and above all data."""
+        export = self.at(name)
+        device = export.device
+        old = device.size
+        if size < old:
+            if not shrink:
+                raise UsageError(f"{name!r} has {format_size(old)}: to make it smaller must be asked for (shrink)")
+            end = min(old, (device.last_cluster() + 1) * CLUSTER)
+            if size < end:
+                raise Conflict(f"{name!r} has data up to {format_size(end)}: trim it first, or choose at least that")
+            if any(incoming.remaining[1] > size for incoming in device.incoming):
+                raise Conflict(f"{name!r} is being written to above {format_size(size)}: try again")
+        self._check_swap_files(size)
+        try:
+            device.resize(size)
+            if self._state:
+                self._state.put(export.stored())
+        except OSError as error:
+            raise NbdramError(f"can't give {name!r} {format_size(size)}: {error.strerror}") from error
+        except NbdramError:
+            device.resize(old)
+            raise
+
+    def detach(self, name: str) -> Export:
+        """Take an export out, so that nobody finds it any more; `dispose` of it when nobody uses it any more."""
+        export = self.at(name)
+        if self._state:
+            self._state.forget(export.identity)
+        del self._by_name[name]
+        return export
+
+    def dispose(self, export: Export) -> None:
+        """Give back all that a detached export has. BufferError if somebody still looks at its memory."""
+        export.device.close()
+        if self._state:
+            self._state.sweep()
+
+    # -- finding -------------------------------------------------------------------------------------
+
+    def at(self, name: str) -> Export:
+        """The export that has exactly this name."""
+        export = self._by_name.get(name)
+        if export is None:
+            raise NoSuchExport(name)
         return export
 
     def get(self, name: str) -> Export | None:
@@ -91,9 +247,16 @@ class Exports:
     def __iter__(self) -> Iterator[Export]:
         return iter(self._by_name.values())
 
+    def __len__(self) -> int:
+        return len(self._by_name)
+
     def close(self) -> None:
-        """Give the memory of all exports back."""
+        """Give the memory of all exports back; what is in a state directory stays there."""
         self._disk_writer.shutdown()
         for export in self:
             export.device.close()
         self._by_name.clear()
+
+
+def _codec(dense: bool) -> Codec | None:
+    return Codec(CLUSTER) if dense else None

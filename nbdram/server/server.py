@@ -8,15 +8,27 @@ import resource
 import shlex
 import signal
 import socket
+import time
 from contextlib import suppress
 from typing import Final
 
-from nbdram.config import MIN_MEMORY, Endpoint, ServeSettings
+from nbdram.config import (
+    DEFAULT_EXPORT_NAME,
+    DEFAULT_EXPORT_SIZE,
+    MIN_MEMORY,
+    Endpoint,
+    ExportSettings,
+    ServeSettings,
+    format_size,
+)
 from nbdram.errors import NbdramError
 from nbdram.memory.budget import Budget
+from nbdram.memory.layout import PAGE
 from nbdram.memory.pressure import INTERVAL_S, AutoBudget, pressure_file
 from nbdram.memory.reclaim import Reclaimer
-from nbdram.memory.tiers.disk import SwapArea
+from nbdram.memory.recovery import sweep
+from nbdram.memory.statedir import StateDirectory
+from nbdram.memory.tiers.disk import SwapArea, filesystem
 from nbdram.observe import snapshot
 from nbdram.observe.control import ControlServer, default_path
 from nbdram.observe.lag import LoopLag
@@ -30,6 +42,8 @@ log = logging.getLogger("nbdram.server")
 DRAIN_TIMEOUT_S: Final = 5.0
 _BACKLOG: Final = 512
 _SPARE_FILES: Final = 16  # for those who look at the server
+# What a state directory's file system keeps free besides the budget, for what reclaim stores before it gives back.
+_HEADROOM_BYTES: Final = 16 << 20
 _PR_SET_TIMERSLACK: Final = 29  # nanoseconds
 
 
@@ -39,8 +53,14 @@ class Server:
     def __init__(self, settings: ServeSettings) -> None:
         self.settings = settings
         budget = Budget(settings.memory)
-        self.areas = _swap_areas(settings)
-        self.exports: Exports = Exports(budget, self.areas)
+        self.state = StateDirectory(settings.state_dir) if settings.state_dir else None
+        try:
+            self.areas = _swap_areas(settings, self.state)
+        except BaseException:
+            if self.state:
+                self.state.close()
+            raise
+        self.exports: Exports = Exports(budget, self.areas, self.state)
         self.reclaimer: Reclaimer = Reclaimer(budget, self.exports.devices)
         self.service: Service = Service(self.exports)
         self.service.write_wait_s = settings.write_wait_s
@@ -52,6 +72,7 @@ class Server:
         self.web: WebServer | None = None
         self.auto_budget: AutoBudget | None = None
         self._pressure: asyncio.Task[None] | None = None
+        self._sweeper: asyncio.Task[None] | None = None
         self._socket_files: list[tuple[str, int]] = []
 
     async def start(self) -> None:
@@ -59,15 +80,12 @@ class Server:
         try:
             self.web = self._open_web()
             self.lag.start()
-            for export in self.settings.exports:
-                self.exports.create(
-                    export.name,
-                    export.size,
-                    read_only=export.read_only,
-                    description=export.description,
-                    dense=export.dense,
-                )
+            if self.state:
+                self._take_up(self.state)
+            for export in self._wanted_exports():
+                self.exports.configure(export)
             self.reclaimer.start()
+            self._sweeper = asyncio.create_task(self._sweep())
             for endpoint in self.settings.listen:
                 await self._listen(endpoint)
             self._control = self._open_control()
@@ -78,6 +96,41 @@ class Server:
         except BaseException:
             await self.stop()
             raise
+
+    def _take_up(self, state: StateDirectory) -> None:
+        """Go on where the last server on this state directory ended."""
+        kind = filesystem(state.path)
+        if kind != "tmpfs":
+            log.warning("%s is on %s: devices are as slow as that; use a directory on tmpfs", state.path, kind)
+        begun = time.monotonic()
+        self.exports.restore()
+        for device in self.exports.devices():
+            resident, cold = format_size(device.resident_pages * PAGE), format_size(device.cold_pages * PAGE)
+            log.info("%s: took up %s resident, %s compressed", device.name, resident, cold)
+        log.info("took up %d exports in %.3f s", len(self.exports), time.monotonic() - begun)
+        budget, room = self.exports.budget, state.room_bytes()
+        # A write that finds the file system full would be the end of the process: SIGBUS.
+        if room < self.settings.memory + _HEADROOM_BYTES:
+            limit = max(room - _HEADROOM_BYTES, 0)
+            if limit < MIN_MEMORY:
+                least = format_size(MIN_MEMORY + _HEADROOM_BYTES)
+                raise NbdramError(f"{state.path} has only {format_size(room)} of room: it takes at least {least}")
+            log.warning("%s has only %s of room: --memory is %s", state.path, format_size(room), format_size(limit))
+            budget.set_limit(limit)
+
+    def _wanted_exports(self) -> tuple[ExportSettings, ...]:
+        if self.settings.exports or (self.state and not self.state.is_new):
+            return self.settings.exports
+        return (ExportSettings(DEFAULT_EXPORT_NAME, DEFAULT_EXPORT_SIZE),)
+
+    async def _sweep(self) -> None:
+        """Give back, little by little, what killed servers have left of images that nobody needs."""
+        if self.state is None:
+            return
+        for export in list(self.exports):
+            steps = sweep(export.device)
+            while self.exports.get(export.name) is export and next(steps, steps) is not steps:
+                await asyncio.sleep(0)
 
     async def _listen(self, endpoint: Endpoint) -> None:
         loop = asyncio.get_running_loop()
@@ -151,6 +204,8 @@ class Server:
             connection.abort()
         await asyncio.sleep(0)
         await self.reclaimer.stop()
+        if self._sweeper:
+            self._sweeper.cancel()
         with suppress(BufferError):  # a view that a dying connection still holds goes with the process
             self.exports.close()
         self.service.fetcher.close()
@@ -160,6 +215,9 @@ class Server:
             self.web = None
         for area in self.areas:
             area.close()
+        if self.state:
+            self.state.close()
+        self.areas, self.state = [], None
 
 
 async def serve(settings: ServeSettings) -> None:
@@ -176,11 +234,11 @@ async def serve(settings: ServeSettings) -> None:
     await server.stop()
 
 
-def _swap_areas(settings: ServeSettings) -> list[SwapArea]:
+def _swap_areas(settings: ServeSettings, state: StateDirectory | None) -> list[SwapArea]:
     areas: list[SwapArea] = []
     try:
         for swap in settings.swap:
-            areas.append(SwapArea(swap.path, swap.max_bytes))
+            areas.append(SwapArea(swap.path, swap.max_bytes, state.manifest.secret if state else None))
     except BaseException:
         for area in areas:
             area.close()

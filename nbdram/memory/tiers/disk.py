@@ -1,10 +1,15 @@
 """The second tier: sealed images in sparse files on disk, with the same geometry as the RAM tier.
 
 One directory is one swap area, shared by all devices of a server and locked by it. Each device has a file there
-that has no name (so that nothing is left behind), is never larger than what is stored in it, and holds nothing
-readable: every image is sealed with AES-GCM under a key that exists only in this process.
+that is never larger than what is stored in it, and holds nothing readable: every image is sealed with AES-GCM.
+The file has no name, so that nothing is left behind; with a state directory it is called after the device.
 
-    slot: nonce (12 bytes), then the sealed image with its tag (16 bytes)
+    slot: salt (16 bytes), nonce (12 bytes), then the sealed image with its tag (16 bytes)
+
+The key of an image is derived from a secret, which exists only in this process or in the state directory, and a
+salt, which is drawn anew at each start. Nonces count up from 1 under each such key. So they never repeat, and that
+rests on no number that must be kept from one start to the next (an old copy of the state directory would bring an
+old number back), and no keys need to be kept for images of earlier starts: their salts are on disk with them.
 
 The cluster, the slot and the device are authenticated with the image, so that images can't be exchanged.
 All calls block, and may be made from worker threads; stores and drops come from a single one, in order.
@@ -12,7 +17,6 @@ All calls block, and may be made from worker threads; stores and drops come from
 
 import ctypes
 import errno
-import fcntl
 import logging
 import os
 import secrets
@@ -21,20 +25,29 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
+from uuid import UUID
 
 from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from nbdram.errors import NbdramError
+from nbdram.memory.backing import allocated_bytes
 from nbdram.memory.codec import IntegrityError
 from nbdram.memory.layout import CLUSTER, PAGE, round_up
+from nbdram.memory.locking import lock_patiently
 
 log = logging.getLogger("nbdram.disk")
 
 _NONCE_BYTES: Final = 12
-_SEAL_BYTES: Final = _NONCE_BYTES + 16
-_SLOT_BYTES: Final = CLUSTER + PAGE
+_SALT_BYTES: Final = 16
+_HEAD_BYTES: Final = _SALT_BYTES + _NONCE_BYTES
+SEAL_BYTES: Final = _HEAD_BYTES + 16
+SECRET_BYTES: Final = 32
+SLOT_BYTES: Final = CLUSTER + PAGE
 _RETRY_S: Final = 1.0  # a disk that has refused a write is asked again after this, or when something was dropped
+_KEYS_KEPT: Final = 64
 _FALLOC_FL_KEEP_SIZE: Final = 1
 _FALLOC_FL_PUNCH_HOLE: Final = 2
 
@@ -51,39 +64,44 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 
 
 class SwapArea:
-    """A directory for swap files, of at most `max_bytes` together (0: as much as the disk has)."""
+    """A directory for swap files, of at most `max_bytes` together (0: as much as the disk has).
 
-    def __init__(self, path: Path, max_bytes: int) -> None:
+    `secret` is what images are sealed with; without one, with one that nobody else will ever know.
+    """
+
+    def __init__(self, path: Path, max_bytes: int, secret: bytes | None = None) -> None:
         self.path = path
         self.max_bytes = max_bytes
         self.used_bytes = 0
         self.failing = False  # it has refused the last write
         self._retry_at = 0.0
-        self._key = AESGCM(AESGCM.generate_key(256))
+        self._secret = secret or secrets.token_bytes(SECRET_BYTES)
+        self._salt = secrets.token_bytes(_SALT_BYTES)
         self._sealed = 0
+        self._keys: dict[bytes, AESGCM] = {}
         try:
             path.mkdir(mode=0o700, exist_ok=True)
             self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise NbdramError(f"can't use {path} for swap: {error.strerror}") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_patiently(self._lock, f"{path} is in use by another server: give each its own directory")
             self._check_sparse()
-        except BlockingIOError:
-            os.close(self._lock)
-            raise NbdramError(f"{path} is in use by another server: give each its own directory") from None
         except BaseException:
             os.close(self._lock)
             raise
-        if _filesystem(path) == "tmpfs":
+        if filesystem(path) == "tmpfs":
             log.warning("%s is on tmpfs: what is swapped there stays in RAM", path)
 
     def close(self) -> None:
         os.close(self._lock)
 
-    def open_file(self) -> int:
-        """A new file without a name."""
-        return os.open(self.path, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    def open_file(self, identity: UUID | None = None) -> int:
+        """A new file without a name, or the file of a device that is kept: the one that is there, or a new one."""
+        if identity is None:
+            return os.open(self.path, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        flags = os.O_CREAT | os.O_NOFOLLOW | os.O_RDWR | os.O_CLOEXEC
+        return os.open(swap_file(self.path, identity), flags, 0o600)
 
     def _check_sparse(self) -> None:
         """Refuse a file system that can't grow sparse files or take a part of them back."""
@@ -113,13 +131,13 @@ class SwapArea:
         """Whether it is worth trying to store an image."""
         if self.failing and time.monotonic() < self._retry_at:
             return False
-        return not self.max_bytes or self.used_bytes + _SLOT_BYTES <= self.max_bytes
+        return not self.max_bytes or self.used_bytes + SLOT_BYTES <= self.max_bytes
 
     def check_size(self, device_bytes: int) -> None:
         """NbdramError if the file system's files can't be as large as such a device may need."""
         fd = self.open_file()
         try:
-            os.ftruncate(fd, 2 * _SLOT_BYTES * (round_up(device_bytes, CLUSTER) // CLUSTER))
+            os.ftruncate(fd, 2 * SLOT_BYTES * (round_up(device_bytes, CLUSTER) // CLUSTER))
         except OSError as error:
             raise NbdramError(
                 f"the file system of {self.path} has too small files for an export of {device_bytes >> 30} GiB "
@@ -145,39 +163,58 @@ class SwapArea:
     def seal(self, image: bytes, identity: bytes) -> bytes:
         self._sealed += 1
         nonce = self._sealed.to_bytes(_NONCE_BYTES, "big")
-        return nonce + self._key.encrypt(nonce, image, identity)
+        return self._salt + nonce + self._key(self._salt).encrypt(nonce, image, identity)
 
     def open_sealed(self, sealed: bytes, identity: bytes) -> bytes:
         try:
-            return self._key.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], identity)
+            key = self._key(sealed[:_SALT_BYTES])
+            return key.decrypt(sealed[_SALT_BYTES:_HEAD_BYTES], sealed[_HEAD_BYTES:], identity)
         except (InvalidTag, ValueError):
             raise IntegrityError("an image on disk is not what was stored") from None
+
+    def _key(self, salt: bytes) -> AESGCM:
+        key = self._keys.get(salt)
+        if key is None:
+            if len(self._keys) >= _KEYS_KEPT:  # damaged images may have any salt
+                self._keys.clear()
+            derived = HKDF(hashes.SHA256(), 32, salt, b"nbdram swap").derive(self._secret)
+            key = self._keys[salt] = AESGCM(derived)
+        return key
 
 
 class DiskTier:
     """The images of one device, spread over the server's swap areas by cluster."""
 
-    def __init__(self, areas: list[SwapArea], writer: ThreadPoolExecutor) -> None:
-        self._areas = areas
+    def __init__(self, areas: list[SwapArea], writer: ThreadPoolExecutor, identity: UUID, *, kept: bool) -> None:
+        """`kept`: files that have names, and what is in them from before."""
+        self.areas = areas
         self.writer = writer  # its only thread runs every store and drop
-        self._files = [area.open_file() for area in areas]
-        self._name = secrets.token_bytes(16)
+        self.files: list[int] = []
+        self._name = identity.bytes
+        try:
+            for area in areas:
+                self.files.append(area.open_file(identity if kept else None))
+                area.used_bytes += allocated_bytes(self.files[-1])
+        except OSError as error:
+            self.close()
+            raise NbdramError(f"can't open the swap file of a device in {area.path}: {error.strerror}") from error
 
     def close(self) -> None:
-        for fd, area in zip(self._files, self._areas, strict=True):
-            area.used_bytes -= os.fstat(fd).st_blocks * 512
+        for fd, area in zip(self.files, self.areas, strict=False):
+            area.used_bytes -= allocated_bytes(fd)
             os.close(fd)
+        self.files.clear()
 
     def has_room(self, cluster: int) -> bool:
-        return self._areas[cluster % len(self._areas)].has_room()
+        return self.areas[cluster % len(self.areas)].has_room()
 
     def has_any_room(self) -> bool:
-        return any(area.has_room() for area in self._areas)
+        return any(area.has_room() for area in self.areas)
 
     def store(self, cluster: int, slot: int, image: bytes) -> None:
         """Seal an image into a free slot. OSError if the disk refuses it; then the slot is empty."""
         area, fd = self._place(cluster)
-        sealed = area.seal(image, self._identity(cluster, slot))
+        sealed = area.seal(image, self._label(cluster, slot))
         at = _offset(cluster, slot)
         try:
             written = os.pwrite(fd, sealed, at)
@@ -186,7 +223,7 @@ class DiskTier:
         except OSError as error:
             area.refused(error)
             with suppress(OSError):
-                punch_hole(fd, at, _SLOT_BYTES)
+                punch_hole(fd, at, SLOT_BYTES)
             raise
         area.written()
         area.used_bytes += round_up(len(sealed), PAGE)
@@ -196,10 +233,10 @@ class DiskTier:
         area, fd = self._place(cluster)
         for attempt in (1, 2):
             try:
-                sealed = os.pread(fd, length + _SEAL_BYTES, _offset(cluster, slot))
-                if len(sealed) != length + _SEAL_BYTES:
+                sealed = os.pread(fd, length + SEAL_BYTES, _offset(cluster, slot))
+                if len(sealed) != length + SEAL_BYTES:
                     raise OSError(errno.EIO, "short read from swap")
-                return area.open_sealed(sealed, self._identity(cluster, slot))
+                return area.open_sealed(sealed, self._label(cluster, slot))
             except OSError:
                 if attempt == 2:
                     raise
@@ -212,26 +249,44 @@ class DiskTier:
     def _drop(self, cluster: int, slot: int, length: int) -> None:
         area, fd = self._place(cluster)
         try:
-            punch_hole(fd, _offset(cluster, slot), _SLOT_BYTES)
+            punch_hole(fd, _offset(cluster, slot), SLOT_BYTES)
         except OSError as error:
             log.error("%s: can't punch swap: %s", area.path, error.strerror)
             return
-        area.used_bytes -= round_up(length + _SEAL_BYTES, PAGE)
+        area.used_bytes -= round_up(length + SEAL_BYTES, PAGE)
         area.made_room()
 
-    def _place(self, cluster: int) -> tuple[SwapArea, int]:
-        number = cluster % len(self._areas)
-        return self._areas[number], self._files[number]
+    def give_back(self, number: int, start: int, end: int) -> None:
+        """Punch bytes of file `number` that hold no image, in its turn among stores and drops."""
+        self.writer.submit(self._give_back, number, start, end)
 
-    def _identity(self, cluster: int, slot: int) -> bytes:
+    def _give_back(self, number: int, start: int, end: int) -> None:
+        area, fd = self.areas[number], self.files[number]
+        before = allocated_bytes(fd)
+        try:
+            punch_hole(fd, start, end - start)
+        except OSError as error:
+            log.error("%s: can't punch swap: %s", area.path, error.strerror)
+        area.used_bytes += allocated_bytes(fd) - before
+
+    def _place(self, cluster: int) -> tuple[SwapArea, int]:
+        number = cluster % len(self.areas)
+        return self.areas[number], self.files[number]
+
+    def _label(self, cluster: int, slot: int) -> bytes:
         return self._name + cluster.to_bytes(8, "big") + bytes((slot,))
 
 
 def _offset(cluster: int, slot: int) -> int:
-    return (2 * cluster + slot) * _SLOT_BYTES
+    return (2 * cluster + slot) * SLOT_BYTES
 
 
-def _filesystem(path: Path) -> str:
+def swap_file(directory: Path, identity: UUID) -> Path:
+    """The file of a device that is kept in a swap directory."""
+    return directory / f"{identity}.swap"
+
+
+def filesystem(path: Path) -> str:
     """The type of the file system that holds `path`."""
     device = os.stat(path).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
