@@ -33,7 +33,7 @@ from nbdram.memory.layout import (
     pages_within,
 )
 from nbdram.memory.recent import Recent
-from nbdram.memory.space import Space, tiers_of
+from nbdram.memory.space import FarImage, Space, tiers_of
 
 log = logging.getLogger("nbdram.device")
 
@@ -41,8 +41,7 @@ _SAMPLED_FAULTS: Final = 63  # every 64th fault from RAM is timed
 
 Buffer = bytes | memoryview
 Piece = tuple[int, int, list[Buffer]]  # start, end (bytes of the device), content
-Image = tuple[int, bytes]  # the word that pointed at an image, and the image
-Images = dict[int, Image]  # by cluster
+Images = dict[int, FarImage]  # by cluster
 
 
 class FarPage(OSError):
@@ -80,8 +79,8 @@ class Device(Space):
             return b""
         images: Images = {}
         for cluster in self.far_clusters(offset, offset + length):
-            word = self.words[cluster]
-            images[cluster] = (word, self.load_image(cluster, word))
+            images[cluster] = image = FarImage()
+            image.content = self.load_image(cluster, self.words[cluster])
         return b"".join(
             b"".join(buffers) if buffers else bytes(end - start)
             for start, end, buffers in self.gather(offset, offset + length, images)
@@ -239,16 +238,16 @@ class Device(Space):
 
     def _read_far(self, cluster: int, word: int, start: int, end: int, images: Images) -> list[Buffer]:
         """Bytes of a cluster out of its fetched image; the pages become resident if there is memory."""
-        read_from, image = images.get(cluster, (0, b""))
-        if read_from >> LENGTH_SHIFT != word >> LENGTH_SHIFT:
+        image = images.get(cluster)
+        if image is None or not image.is_current:
             raise FarPage(cluster)
         if self.budget.free_pages > self.budget.wake_below:
-            self._fault(cluster, start & ~(PAGE - 1), -(-end // PAGE) * PAGE, image)
+            self._fault(cluster, start & ~(PAGE - 1), -(-end // PAGE) * PAGE, image.content)
             return [self.hot_view[start:end]]
         if self.references[cluster] == Reference.FAR:
             self.references[cluster] = Reference.FAR_TOUCHED
         base = cluster << CLUSTER_SHIFT
-        return self.decode(cluster, word, start - base, end - base, image)
+        return self.decode(cluster, word, start - base, end - base, image.content)
 
     def far_clusters(self, offset: int, end: int) -> list[int]:
         """The clusters of which [offset, end) needs pages that are only on disk."""
@@ -260,14 +259,13 @@ class Device(Space):
                 found.append(cluster)
         return found
 
-    def install(self, page: int, image: Image) -> None:
+    def install(self, page: int, image: FarImage) -> None:
         """Make one page resident out of a fetched image, if that is still where it is; ENOSPC if it can't be."""
         cluster = page >> CLUSTER_SHIFT
-        word = self.word(cluster)
-        if word >> LENGTH_SHIFT == image[0] >> LENGTH_SHIFT and not word >> (page >> PAGE_SHIFT & 15) & 1:
+        if image.is_current and not self.word(cluster) >> (page >> PAGE_SHIFT & 15) & 1:
             self.budget.take(1)
             self.budget.free_pages += 1  # _fault counts it
-            self._fault(cluster, page, page + PAGE, image[1])
+            self._fault(cluster, page, page + PAGE, image.content)
 
     # -- writing -----------------------------------------------------------------------------------
 
@@ -361,5 +359,5 @@ class Device(Space):
                 self.write(start, bytes(end - start))
 
     def trim(self, offset: int, end: int) -> Iterator[None]:
-        """Give back the whole pages of [offset, end), in steps that the caller iterates."""
-        return self.punch(-(-offset // PAGE) * PAGE, end // PAGE * PAGE)
+        """Give back the whole pages of [offset, end), in steps that the caller iterates. Needs no memory."""
+        return self.punch(-(-offset // PAGE) * PAGE, end // PAGE * PAGE, advisory=True)

@@ -6,10 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from nbdram.memory.codec import IntegrityError
-from nbdram.memory.device import Device, FarPage, Image, Images, Piece
+from nbdram.memory.device import Device, FarPage, Images, Piece
 from nbdram.memory.histogram import Histogram
-from nbdram.memory.layout import CLUSTER_SHIFT, LENGTH_SHIFT
+from nbdram.memory.layout import CLUSTER_SHIFT, TIER_MASK, TIER_SHIFT, Tier
 from nbdram.memory.recent import Recent
+from nbdram.memory.space import FarImage
 
 _READERS: Final = 4
 
@@ -19,7 +20,7 @@ class Fetcher:
 
     def __init__(self) -> None:
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="nbdram-fetch")
-        self._under_way: dict[tuple[Device, int, int], asyncio.Future[bytes]] = {}
+        self._under_way: dict[FarImage, asyncio.Future[bytes]] = {}
         self.fetched = 0
         self.times = Recent()
         self.seconds = Histogram()
@@ -42,31 +43,47 @@ class Fetcher:
             if cluster in device.far_clusters(page, page + 1):
                 device.install(page, await self.fetch(device, cluster))
 
-    async def fetch(self, device: Device, cluster: int) -> Image:
-        """The image of a cluster; (0, b"") if it is gone from the disk by the time it was read."""
-        word = device.word(cluster)
-        key = (device, cluster, word >> LENGTH_SHIFT)
-        under_way = self._under_way.get(key)
-        if under_way is None:
-            loop = asyncio.get_running_loop()
-            under_way = loop.run_in_executor(self._readers, device.load_image, cluster, word)
-            self._under_way[key] = under_way
-            under_way.add_done_callback(lambda _: self._under_way.pop(key))
+    async def fetch(self, device: Device, cluster: int) -> FarImage:
+        """The image of a cluster, not current if it is gone from the disk by the time it was read."""
+        image = device.far_images.get(cluster)
+        if image is None:
+            image = FarImage()
+            word = device.word(cluster)
+            if word >> TIER_SHIFT & TIER_MASK != Tier.DISK:
+                image.is_current = False
+                return image
+            device.far_images[cluster] = image
+            self._read(device, cluster, word, image)
+        under_way = self._under_way.get(image)
+        if under_way is not None:
+            try:
+                await asyncio.shield(under_way)
+            except OSError as error:
+                if image.is_current:
+                    if isinstance(error, IntegrityError):
+                        device.note_damage(cluster, error)
+                    raise
+        return image
+
+    def _read(self, device: Device, cluster: int, word: int, image: FarImage) -> None:
         begun = time.perf_counter()
-        try:
-            image = await asyncio.shield(under_way)
-        except OSError as error:
-            if device.word(cluster) >> LENGTH_SHIFT == word >> LENGTH_SHIFT:
-                if isinstance(error, IntegrityError):
-                    device.note_damage(cluster, error)
-                raise
-            return 0, b""
-        self.fetched += 1
-        device.disk_faults += 1
-        seconds = time.perf_counter() - begun
-        self.times.add(seconds)
-        self.seconds.observe(seconds)
-        return word, image
+
+        def done(reading: asyncio.Future[bytes]) -> None:
+            del self._under_way[image]
+            if not reading.cancelled() and not reading.exception():
+                image.content = reading.result()
+            elif device.far_images.get(cluster) is image:  # whoever comes next reads it again
+                del device.far_images[cluster]
+            self.fetched += 1
+            device.disk_faults += 1
+            seconds = time.perf_counter() - begun
+            self.times.add(seconds)
+            self.seconds.observe(seconds)
+
+        loop = asyncio.get_running_loop()
+        under_way = loop.run_in_executor(self._readers, device.load_image, cluster, word)
+        self._under_way[image] = under_way
+        under_way.add_done_callback(done)
 
     def close(self) -> None:
         self._readers.shutdown()

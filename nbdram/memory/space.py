@@ -23,6 +23,7 @@ import os
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, Protocol
+from weakref import WeakValueDictionary
 
 from nbdram.memory.backing import Backing, OpenFile, anonymous
 from nbdram.memory.budget import Budget
@@ -71,6 +72,17 @@ class Sender(Protocol):
         """Replace all views of device bytes [start, end) by copies."""
 
 
+class FarImage:
+    """An image that is being read from disk, or was: `is_current` until its cluster gets another one, or none.
+
+    The word does not tell: the next image may be as long as this one, and in the same slot.
+    """
+
+    def __init__(self) -> None:
+        self.content = b""
+        self.is_current = True
+
+
 class Space:
     """The maps of one device of at most `size` bytes, and what they hold."""
 
@@ -94,6 +106,7 @@ class Space:
         self.duplicate_pages = 0  # resident pages of clusters that have an image
         self.senders: set[Sender] = set()
         self.incoming: set[Incoming] = set()
+        self.far_images: WeakValueDictionary[int, FarImage] = WeakValueDictionary()  # by cluster
         self.reclaiming: set[int] = set()  # clusters that a worker compresses just now
 
     def close(self) -> None:
@@ -210,11 +223,11 @@ class Space:
 
     # -- punching ----------------------------------------------------------------------------------
 
-    def punch(self, start: int, end: int) -> Iterator[None]:
+    def punch(self, start: int, end: int, *, advisory: bool = False) -> Iterator[None]:
         """Make the pages of [start, end), which are page bounds, holes; costs O(clusters touched).
 
         Works in steps, which the caller iterates. Where a cluster is punched in part and its other pages are only
-        in the cold image, the pages become zeros instead, which may raise ENOSPC.
+        in the cold image, the pages become zeros instead, which may raise ENOSPC; `advisory`: they stay, then.
         """
         if start >= end:
             return
@@ -222,11 +235,11 @@ class Space:
             for step in range(first, last + 1, _STEP_CLUSTERS):
                 after = min(step + _STEP_CLUSTERS, last + 1)
                 if step << CLUSTER_SHIFT < start:
-                    self._punch_pages(step, start, end)
+                    self._punch_pages(step, start, end, advisory)
                     step += 1
                 if after > step and after << CLUSTER_SHIFT > end:
                     after -= 1
-                    self._punch_pages(after, start, end)
+                    self._punch_pages(after, start, end, advisory)
                 if after > step:
                     self._punch_clusters(step, after)
                 yield
@@ -249,7 +262,7 @@ class Space:
                 self.drop_image(number, word)
         self._drop_metadata(first)
 
-    def _punch_pages(self, cluster: int, start: int, end: int) -> None:
+    def _punch_pages(self, cluster: int, start: int, end: int, advisory: bool) -> None:
         """Punch the pages of [start, end) that lie in one cluster, but are not all of it."""
         word = self.word(cluster)
         if not word:
@@ -259,7 +272,11 @@ class Space:
         start, end = max(start, base), min(end, base + CLUSTER)
         others = RESIDENT & ~mask
         if word >> LENGTH_SHIFT and word & others != others:
-            self.write(start, bytes(end - start))
+            try:
+                self.write(start, bytes(end - start))
+            except OSError as error:
+                if not advisory or error.errno != errno.ENOSPC:
+                    raise
             return
         left = word & others
         if not left:
@@ -301,6 +318,9 @@ class Space:
             self.budget.give(pages)
         else:
             assert self.disk
+            read = self.far_images.pop(cluster, None)
+            if read:
+                read.is_current = False
             self.disk.drop(cluster, word >> SLOT_SHIFT & 1, length)
             self.disk_pages -= pages
             self.disk_clusters -= 1
@@ -343,7 +363,7 @@ class Space:
 
     def release(self, start: int, end: int, pages: int) -> None:
         """Give `hot` pages back to the kernel, `pages` of which were resident: the only place that does."""
-        for sender in self.senders:
+        for sender in tuple(self.senders):
             sender.copy_out(start, end)
         arrived = self.arrived(start, end) if self.incoming else []
         self.hot.madvise(mmap.MADV_REMOVE, start, end - start)

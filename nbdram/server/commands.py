@@ -152,41 +152,54 @@ def _in_steps(
     try:
         for done, _ in enumerate(steps, 1):
             if done == _STEPS_AT_ONCE:
-                connection.spawn(command, _finish_steps(connection, command, cookie, offset, steps))
+                connection.spawn(command, _finish_steps(connection, command, cookie, offset, end, begin, steps))
                 return
-    except FarPage:  # of a page at an edge: nothing has changed yet
-        connection.spawn(command, _fetch_and_begin(connection, command, cookie, offset, end, begin))
     except OSError as error:
-        connection.fail(out, command, cookie, offset, error)
+        if isinstance(error, FarPage) or error.errno == errno.ENOSPC:
+            connection.spawn(command, _begin_again(connection, command, cookie, offset, end, begin))
+        else:
+            connection.fail(out, command, cookie, offset, error)
     else:
         out.append(connection.replies.done(cookie, offset))
 
 
-async def _fetch_and_begin(
-    connection: "Connection", command: int, cookie: int, offset: int, end: int, begin: Stepwise
-) -> None:
-    try:
-        await connection.fetcher.fetch_edges(connection.device, offset, end)
-    except OSError as error:
-        out: list[Buffer] = []
-        connection.fail(out, command, cookie, offset, error)
-        connection.send(out)
-    else:
-        await _finish_steps(connection, command, cookie, offset, begin(offset, end))
-
-
 async def _finish_steps(
-    connection: "Connection", command: int, cookie: int, offset: int, steps: Iterator[None]
+    connection: "Connection",
+    command: int,
+    cookie: int,
+    offset: int,
+    end: int,
+    begin: Stepwise,
+    steps: Iterator[None],
 ) -> None:
-    out: list[Buffer] = []
     pause = _Pause()
     try:
         for _ in steps:
             await pause()
-    except OSError as error:
-        connection.fail(out, command, cookie, offset, error)
+    except OSError:
+        await _begin_again(connection, command, cookie, offset, end, begin)
     else:
-        out.append(connection.replies.done(cookie, offset))
+        connection.send([connection.replies.done(cookie, offset)])
+
+
+async def _begin_again(
+    connection: "Connection", command: int, cookie: int, offset: int, end: int, begin: Stepwise
+) -> None:
+    """Steps that could not be done: once more, with what they need from disk, waiting for memory like a WRITE."""
+    out: list[Buffer] = []
+    pause = _Pause()
+    deadline = time.monotonic() + connection.write_wait_s
+    while not out:
+        try:
+            await connection.fetcher.fetch_edges(connection.device, offset, end)
+            for _ in begin(offset, end):
+                await pause()
+            out.append(connection.replies.done(cookie, offset))
+        except FarPage:  # gone to disk again
+            continue
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not await connection.memory_freed(deadline):
+                connection.fail(out, command, cookie, offset, error)
     connection.send(out)
 
 
@@ -203,6 +216,8 @@ async def _write_zeros(connection: "Connection", cookie: int, offset: int, end: 
             try:
                 connection.device.write(at, bytes(stop - at))
                 at = stop
+            except FarPage:  # an edge has gone to disk again
+                await connection.fetcher.fetch_edges(connection.device, at, stop)
             except OSError as error:
                 if error.errno != errno.ENOSPC or not await connection.memory_freed(deadline):
                     raise

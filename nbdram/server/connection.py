@@ -496,6 +496,9 @@ class Connection(asyncio.BufferedProtocol):
                 self.device.write(offset, self._view[start : start + length])
                 out.append(self.replies.done(cookie, offset))
             else:
+                if out:  # zeros are punched as they arrive: views of them must be in the socket, or in `_unsent`
+                    self._send(out)
+                    out.clear()
                 incoming = Incoming(self.device, offset, offset + length)
                 if arrived:
                     self.device.hot[offset : offset + arrived] = self._view[start:end]
@@ -504,23 +507,29 @@ class Connection(asyncio.BufferedProtocol):
                 self._incoming_request = (cookie, offset)
                 self._incoming_since = time.perf_counter()
         except OSError as error:
-            if self._wait_for(error, offset, offset + length):
+            final = self._wait_for(error, offset, offset + length)
+            if final is None:
                 return -1
             self._count(wire.Command.WRITE)
-            self.fail(out, wire.Command.WRITE, cookie, offset, self._fetch_error or error)
-            self._fetch_error = None
+            self.fail(out, wire.Command.WRITE, cookie, offset, final)
             return self._after_payload(start, end, out, length)
         self._end_wait()
+        self._fetch_error = None
         self._count(wire.Command.WRITE)
         self.export.counters.written_bytes += length
         return start + arrived
 
-    def _wait_for(self, error: OSError, offset: int, end: int) -> bool:
-        """Stall until what kept a WRITE of [offset, end) from going on is over; False if that is to be an error."""
-        if isinstance(error, FarPage) and not self._fetch_error:
-            self._wait_for_disk(offset, end)
-            return True
-        return error.errno == errno.ENOSPC and self._wait_for_memory()
+    def _wait_for(self, error: OSError, offset: int, end: int) -> OSError | None:
+        """Stall until what kept a WRITE of [offset, end) from going on is over; or the error that it is to get."""
+        failed, self._fetch_error = self._fetch_error, None
+        if isinstance(error, FarPage):
+            if failed is None:
+                self._wait_for_disk(offset, end)
+                return None
+            error = failed
+        if error.errno == errno.ENOSPC and self._wait_for_memory():
+            return None
+        return error
 
     def _wait_for_memory(self) -> bool:
         """Stall until memory is free, and try the WRITE again; False when there is no hope, or it took too long."""
@@ -550,7 +559,7 @@ class Connection(asyncio.BufferedProtocol):
             try:
                 await self.fetcher.fetch_edges(self.device, offset, end)
             except OSError as error:
-                self._fetch_error = None if error.errno == errno.ENOSPC else error
+                self._fetch_error = error
             self._try_again()
 
         self._starved = True
@@ -599,15 +608,15 @@ class Connection(asyncio.BufferedProtocol):
         try:
             incoming.grant()
             self._end_wait()
+            self._fetch_error = None
         except OSError as error:
-            if self._wait_for(error, *incoming.remaining):
+            final = self._wait_for(error, *incoming.remaining)
+            if final is None:
                 return
             start, end = incoming.remaining
             self._abandon_incoming()
             refusal: list[Buffer] = []
-            reason = self._fetch_error or error
-            self._fetch_error = None
-            self.fail(refusal, wire.Command.WRITE, *self._incoming_request, reason)
+            self.fail(refusal, wire.Command.WRITE, *self._incoming_request, final)
             self._skip, self._skip_reply = end - start, refusal[0]
 
     def _abandon_incoming(self) -> None:
@@ -695,6 +704,8 @@ class Connection(asyncio.BufferedProtocol):
     def _send(self, buffers: list[Buffer]) -> None:
         if self._unsent:
             self._unsent.extend(buffers)
+            if self.device is not None:
+                self.device.senders.add(self)
             return
         try:
             sent = os.writev(self._fd, buffers if len(buffers) <= _MAX_BUFFERS else buffers[:_MAX_BUFFERS])
@@ -753,6 +764,7 @@ class Connection(asyncio.BufferedProtocol):
         All views are copied, also those of other bytes: it is rare, and bounded by one batch.
         """
         self._unsent = deque(bytes(buffer) for buffer in self._unsent)
+        self.device.senders.discard(self)  # until it has views again
 
     def _wake_drained(self) -> None:
         for waiter in self._drained:

@@ -206,9 +206,9 @@ class Server:
         await self.reclaimer.stop()
         if self._sweeper:
             self._sweeper.cancel()
+        self.service.fetcher.close()  # nobody reads from the disks any more
         with suppress(BufferError):  # a view that a dying connection still holds goes with the process
             self.exports.close()
-        self.service.fetcher.close()
         self.lag.stop()
         if self.web:
             self.web.stop()

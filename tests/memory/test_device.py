@@ -256,6 +256,7 @@ class Socket:
     def copy_out(self, start: int, end: int) -> None:
         self.told.append((start, end))
         self.saw += bytes(self.device.hot_view[start : start + 4])
+        self.device.senders.discard(self)
 
     def __hash__(self) -> int:
         return id(self)
@@ -308,6 +309,19 @@ def test_a_full_device_can_be_written_where_it_has_pages_and_trimmed() -> None:
     made.write(100 * PAGE, b"z")
     with pytest.raises(OSError, match="budget"):
         made.write(101 * PAGE, b"z")
+
+
+def test_trimming_a_part_of_a_cold_cluster_needs_no_memory() -> None:
+    made = device(budget=40 * PAGE)
+    made.write(0, TEXT[: 2 * CLUSTER])
+    assert evict(made, 0)
+    made.budget.set_limit(made.budget.used_pages * PAGE)
+    steps(made.trim(PAGE, CLUSTER + PAGE))
+    assert made.read(0, PAGE) == TEXT[:PAGE]
+    assert made.read(PAGE, PAGE) in (TEXT[PAGE : 2 * PAGE], bytes(PAGE))  # what was trimmed may stay
+    assert made.read(CLUSTER, 2 * PAGE) == bytes(PAGE) + TEXT[CLUSTER + PAGE : CLUSTER + 2 * PAGE]
+    with pytest.raises(OSError, match="budget"):
+        steps(made.zero(PAGE, CLUSTER))
 
 
 def test_zeros_that_must_stay_allocated_need_memory() -> None:

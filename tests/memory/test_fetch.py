@@ -1,0 +1,161 @@
+"""Major faults: one read per image, and never the content of an image that is not the cluster's any more."""
+
+import asyncio
+import errno
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nbdram.memory.budget import Budget
+from nbdram.memory.codec import IntegrityError
+from nbdram.memory.device import Device, Piece
+from nbdram.memory.fetch import Fetcher
+from nbdram.memory.layout import LENGTH_SHIFT, Tier, cold_word
+from nbdram.memory.tiers.disk import SwapArea
+from nbdram.server.exports import Exports
+from tests.helpers import CLUSTER, MIB, PAGE
+
+OLD, NEW = (random.Random(seed).randbytes(CLUSTER) for seed in (1, 2))
+
+
+class SlowDisk:
+    """A device on a disk that reads when it is let, and that fails if it is told to."""
+
+    def __init__(self, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert device.disk
+        self.device = device
+        self.loads = 0
+        self.may_go = threading.Event()
+        self.may_go.set()
+        self.after_reading = True  # it waits with the old bytes in its hands, else before it reads
+        self.error: OSError | None = None
+        self._load = device.disk.load
+        monkeypatch.setattr(device.disk, "load", self._slow_load)
+
+    def _slow_load(self, cluster: int, slot: int, length: int) -> bytes:
+        self.loads += 1
+        if self.error:
+            self.may_go.wait(10)
+            raise self.error
+        image = self._load(cluster, slot, length) if self.after_reading else b""
+        self.may_go.wait(10)
+        return image or self._load(cluster, slot, length)
+
+    def put(self, cluster: int, content: bytes) -> None:
+        """Write a cluster that does not compress, and let it go to disk, into the first slot."""
+        self.device.write(cluster * CLUSTER, content)
+        assert self.device.disk
+        self.device.disk.writer.submit(self.device.disk.store, cluster, 0, content).result()
+        self.device.take_image(cluster, cold_word(CLUSTER, 0, Tier.DISK))
+
+
+@pytest.fixture
+def fetcher() -> Iterator[Fetcher]:
+    made = Fetcher()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowDisk]:
+    area = SwapArea(tmp_path, 0)
+    exports = Exports(Budget(64 * MIB), [area])
+    yield SlowDisk(exports.create("slow", MIB).device, monkeypatch)
+    exports.close()
+    area.close()
+
+
+def joined(pieces: list[Piece]) -> bytes:
+    return b"".join(b"".join(buffers) if buffers else bytes(end - start) for start, end, buffers in pieces)
+
+
+async def begun(slow: SlowDisk, loads: int) -> None:
+    while slow.loads < loads:
+        await asyncio.sleep(0.001)
+
+
+async def test_however_many_want_an_image_it_is_read_once(slow: SlowDisk, fetcher: Fetcher) -> None:
+    slow.put(3, OLD)
+    slow.may_go.clear()
+    reads = [asyncio.create_task(fetcher.gather(slow.device, 3 * CLUSTER, 4 * CLUSTER)) for _ in range(20)]
+    await begun(slow, 1)
+    slow.may_go.set()
+    for read in reads:
+        assert joined(await read) == OLD
+    assert slow.loads == 1
+
+
+@pytest.mark.parametrize("after_reading", [True, False])
+async def test_an_image_that_was_replaced_by_one_as_long_in_its_slot_is_read_again(
+    slow: SlowDisk, fetcher: Fetcher, after_reading: bool
+) -> None:
+    slow.put(3, OLD)
+    before = slow.device.word(3)
+    slow.may_go.clear()
+    slow.after_reading = after_reading
+    read = asyncio.create_task(fetcher.gather(slow.device, 3 * CLUSTER, 4 * CLUSTER))
+    await begun(slow, 1)
+    slow.put(3, NEW)
+    assert slow.device.word(3) == before, "the word does not tell them apart"
+    slow.may_go.set()
+    assert joined(await read) == NEW
+    assert slow.device.integrity_errors == 0
+
+
+async def test_an_image_that_was_replaced_is_not_installed_for_a_write(slow: SlowDisk, fetcher: Fetcher) -> None:
+    slow.put(3, OLD)
+    slow.may_go.clear()
+    edge = asyncio.create_task(fetcher.fetch_edges(slow.device, 3 * CLUSTER + 10, 3 * CLUSTER + 20))
+    await begun(slow, 1)
+    slow.put(3, NEW)
+    slow.may_go.set()
+    await edge
+    assert slow.device.read(3 * CLUSTER, CLUSTER) == NEW
+
+
+async def test_an_image_that_went_away_while_it_could_not_be_read_is_no_error(slow: SlowDisk, fetcher: Fetcher) -> None:
+    slow.put(3, OLD)
+    slow.may_go.clear()
+    slow.error = IntegrityError("an image on disk is not what was stored")
+    read = asyncio.create_task(fetcher.gather(slow.device, 3 * CLUSTER, 4 * CLUSTER))
+    await begun(slow, 1)
+    slow.device.write(3 * CLUSTER, NEW)
+    slow.may_go.set()
+    assert joined(await read) == NEW
+    assert slow.device.integrity_errors == 0
+
+
+async def test_a_read_error_is_everybodys_who_waits_but_not_of_those_who_come_later(
+    slow: SlowDisk, fetcher: Fetcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    slow.put(3, OLD)
+    slow.may_go.clear()
+    slow.error = IntegrityError("an image on disk is not what was stored")
+    reads = [asyncio.create_task(fetcher.gather(slow.device, 3 * CLUSTER, 4 * CLUSTER)) for _ in range(5)]
+    await begun(slow, 1)
+    slow.may_go.set()
+    for read in reads:
+        with pytest.raises(IntegrityError):
+            await read
+    assert caplog.text.count("the data at offset 196608 is lost") == 1
+    slow.error = None
+    assert joined(await fetcher.gather(slow.device, 3 * CLUSTER, 4 * CLUSTER)) == OLD
+
+
+async def test_a_page_that_is_asked_for_becomes_resident_alone(slow: SlowDisk, fetcher: Fetcher) -> None:
+    slow.put(3, OLD)
+    at = 3 * CLUSTER + 5 * PAGE
+    assert joined(await fetcher.gather(slow.device, at + 7, at + 9)) == OLD[5 * PAGE + 7 : 5 * PAGE + 9]
+    assert slow.device.resident_pages == 1
+    assert slow.device.word(3) >> LENGTH_SHIFT
+
+
+async def test_an_edge_for_which_there_is_no_memory_is_enospc(slow: SlowDisk, fetcher: Fetcher) -> None:
+    slow.put(3, OLD)
+    slow.device.budget.set_limit((slow.device.budget.used_pages) * PAGE)
+    with pytest.raises(OSError, match="budget") as caught:
+        await fetcher.fetch_edges(slow.device, 3 * CLUSTER + 10, 3 * CLUSTER + 20)
+    assert caught.value.errno == errno.ENOSPC
