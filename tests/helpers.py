@@ -546,11 +546,12 @@ async def running(
     command: Sequence[str] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Running]:
-    """`nbdram serve` that has printed as many URIs as told; listens on nbd.sock unless told otherwise."""
+    """`nbdram serve` that has printed as many URIs as told; its sockets are in `directory` unless told otherwise."""
     if command is None:
-        listen = () if "--listen" in arguments else ("--listen", f"unix:{directory / 'nbd.sock'}")
-        metrics = () if "--metrics" in arguments else ("--metrics", "off")
-        command = command_line("serve", *listen, *metrics, *arguments)
+        sockets = {"--listen": f"unix:{directory / 'nbd.sock'}", "--control": f"{directory / 'control'}"}
+        settings = {**sockets, "--metrics": "off"}
+        chosen = [word for pair in settings.items() if pair[0] not in arguments for word in pair]
+        command = command_line("serve", *chosen, *arguments)
     async with _process(command, environment) as process:
         assert process.stdout
         printed: list[str] = []

@@ -5,7 +5,7 @@ The sending side is real: a socket pair, read by a `Client`.
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from nbdram.protocol.handshake import ReplyMode
 from nbdram.protocol.wire import Option
 from nbdram.server.connection import Connection, Service
 from nbdram.server.exports import Exports
-from tests.helpers import MIB, PATIENCE_S, Client, client_flags, go, option
+from tests.helpers import MIB, PATIENCE_S, Client, client_flags, go, meta_payload, option
 
 _READ_AHEAD_BYTES = 64 * MIB
 
@@ -50,10 +50,19 @@ class Wire:
                         await asyncio.sleep(0)
                 start += self.feed_one(data[start:end])
 
-    async def enter(self, mode: ReplyMode) -> None:
+    def stop_reading(self) -> None:
+        """From now on the client takes nothing from its socket."""
+        self.client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+
+    def read_again(self) -> None:
+        self.client.writer.transport.resume_reading()  # type: ignore[attr-defined]
+
+    async def enter(self, mode: ReplyMode, contexts: Sequence[str] = ()) -> None:
         """The handshake, for the export "ram"."""
         options = {ReplyMode.STRUCTURED: Option.STRUCTURED_REPLY, ReplyMode.EXTENDED: Option.EXTENDED_HEADERS}
         wanted = [option(options[mode])] if mode in options else []
+        if contexts:
+            wanted.append(option(Option.SET_META_CONTEXT, meta_payload("ram", contexts)))
         await self.feed(client_flags() + b"".join(wanted) + go("ram"))
         await self.client.receive(18)
         for _ in (*wanted, go):
@@ -84,7 +93,9 @@ class Wire:
 
 
 @asynccontextmanager
-async def wired(mode: ReplyMode, *, size: int, memory: int = 64 * MIB) -> AsyncIterator[tuple[Wire, Device]]:
+async def wired(
+    mode: ReplyMode, *, size: int, memory: int = 64 * MIB, contexts: Sequence[str] = ()
+) -> AsyncIterator[tuple[Wire, Device]]:
     """A connection in the transmission phase, and the device that it serves."""
     ours, theirs = socket.socketpair()
     for sock in (ours, theirs):
@@ -95,7 +106,7 @@ async def wired(mode: ReplyMode, *, size: int, memory: int = 64 * MIB) -> AsyncI
     wire = Wire(Service(exports), ours, client)
     try:
         async with client:
-            await wire.enter(mode)
+            await wire.enter(mode, contexts)
             yield wire, device
     finally:
         wire.close()
