@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdram.protocol.handshake import Failure
 from nbdram.protocol.wire import Option
 from nbdram.server import connection as connection_module
 from tests.helpers import (
@@ -38,7 +39,7 @@ async def test_a_handshake_has_a_limit_in_time_whatever_is_said(
             pytest.fail("it was let talk for 1.5 s")
         assert len(await silent.rest()) == 18
         await here.all_gone()
-        assert here.server.service.counters.handshake_failures == 2
+        assert here.server.service.counters.handshake_failures[Failure.LATE] == 2
 
 
 async def test_who_has_entered_may_be_silent_for_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +79,7 @@ async def test_one_connection_too_many_is_turned_away_and_the_others_are_served(
         for _ in range(2):
             async with await here.client() as late:
                 assert await late.rest() == b""
-        assert service.counters.turned_away == 2
+        assert service.counters.handshake_failures[Failure.TURNED_AWAY] == 2
         for client in inside:
             assert await client.read(0, 1) == b"\0"
         inside[0].kill()
