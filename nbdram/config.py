@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
@@ -229,6 +229,14 @@ def parse_nbd_uri(text: str) -> tuple[Endpoint, str]:
 
 
 DEFAULT_METRICS: Final = Endpoint(host="127.0.0.1", port=9810)
+
+
+def absolute_uri(text: str) -> str:
+    """The same NBD URI for a process in another directory; UsageError if it is none."""
+    endpoint, name = parse_nbd_uri(text)
+    if endpoint.path:
+        endpoint = replace(endpoint, path=os.path.abspath(endpoint.path))
+    return endpoint.uri(name)
 
 
 def runtime_directory() -> Path:

@@ -1,13 +1,25 @@
 """The `nbdram` command: one module per subcommand; each has `add(subparsers)` and `run(arguments)`."""
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 from nbdram import __version__
-from nbdram.cli import info, list_exports, map_extents, serve, stats
 from nbdram.errors import NbdramError, UsageError
+
+# The module of each command. Only the one that is asked for is imported: `attach` needs no server, `serve` no netlink.
+_COMMANDS = {
+    "serve": "serve",
+    "stats": "stats",
+    "list": "list_exports",
+    "info": "info",
+    "map": "map_extents",
+    "attach": "attach",
+    "detach": "detach",
+    "keeper": "keeper",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,9 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="nbdram", description="NBD devices that live in RAM.")
     parser.add_argument("--version", action="version", version=f"nbdram {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (serve, stats, list_exports, info, map_extents):
-        module.add(commands)
-    parsed = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    modules = [_COMMANDS[words[0]]] if words and words[0] in _COMMANDS else _COMMANDS.values()
+    for module in modules:
+        importlib.import_module(f"nbdram.cli.{module}").add(commands)
+    parsed = parser.parse_args(words)
     try:
         code: int = parsed.run(parsed)
         sys.stdout.flush()

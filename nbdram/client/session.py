@@ -104,6 +104,11 @@ class Session:
                 offset = min(offset + length, size)
         yield start, size - start, state
 
+    def release(self) -> socket.socket:
+        """The bare socket, without a time limit, for whoever speaks on it from now on."""
+        self._socket.settimeout(None)
+        return self._socket
+
     def disconnect(self) -> None:
         self._request(Command.DISC, 0, 0)
 

@@ -1,0 +1,83 @@
+"""Ask the keeper for something, and start it if there is none. Imports little: every command goes this way."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from nbdram.errors import NbdramError
+
+SOCKET_NAME: Final = "keeper.sock"
+LOG_NAME: Final = "keeper.log"
+_START_TIMEOUT_S: Final = 30.0
+_ANSWER_TIMEOUT_S: Final = 120.0
+
+
+def ask(directory: Path, what: str, **details: Any) -> dict[str, Any]:
+    """The keeper's answer; a keeper is started if there is none. NbdramError with what it says is wrong."""
+    sock = _connect(directory)
+    if sock is None:
+        _start(directory)
+        sock = _await(directory)
+    return _converse(sock, {"do": what, **details})
+
+
+def ask_if_running(directory: Path, what: str, **details: Any) -> dict[str, Any] | None:
+    """The same, but None if there is no keeper."""
+    sock = _connect(directory)
+    return _converse(sock, {"do": what, **details}) if sock else None
+
+
+def _converse(sock: socket.socket, question: dict[str, Any]) -> dict[str, Any]:
+    with sock, sock.makefile("rb") as answers:
+        sock.settimeout(_ANSWER_TIMEOUT_S)
+        try:
+            sock.sendall(json.dumps(question).encode() + b"\n")
+            answer = json.loads(answers.readline() or b'{"error": "the keeper ended before it answered: try again"}')
+        except OSError as error:
+            raise NbdramError(f"the keeper does not answer ({error.strerror or error}): see its log") from error
+    if "error" in answer:
+        raise NbdramError(answer["error"])
+    return dict(answer)
+
+
+def _connect(directory: Path) -> socket.socket | None:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.connect(str(directory / SOCKET_NAME))
+    except PermissionError:
+        sock.close()
+        raise NbdramError("the keeper's socket is root's: run it as root, or with sudo") from None
+    except OSError:
+        sock.close()
+        return None
+    return sock
+
+
+def _start(directory: Path) -> None:
+    """Start a keeper that ends when it has nothing left to keep; another one may win the race, which is fine."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    argv = [sys.executable, "-P", "-m", "nbdram", "keeper", "--until-idle", "--directory", str(directory)]
+    with (directory / LOG_NAME).open("ab") as log:
+        subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+            start_new_session=True,
+            env=dict(os.environ),
+        )
+
+
+def _await(directory: Path) -> socket.socket:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while (sock := _connect(directory)) is None:
+        if time.monotonic() > deadline:
+            raise NbdramError(f"the keeper does not start: see {directory / LOG_NAME}")
+        time.sleep(0.02)
+    return sock

@@ -1,0 +1,94 @@
+"""What tests share that attach devices in a guest with nbdram's own client, and servers that they kill and restart."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+from tests.kernel.guest import NBD_PORT, PAUSE, SERVER_ADDRESS, Guest, Result, end, pauses
+
+TOOLS = {"mkfs.ext4": "e2fsprogs", "fio": "fio", "nbdkit": "nbdkit"}
+TIMEOUT_S = 100
+
+# What the kernel says when a device lost data or a file system noticed.
+BAD = re.compile(
+    r"I/O error|Buffer I/O|EXT4-fs (error|warning)|corrupt|hung task|blocked for more|call trace|\bBUG\b", re.I
+)
+
+PRELUDE = (
+    PAUSE
+    + rf"""
+set -eu
+export NBDRAM={Path(sys.executable).parent}/nbdram
+trap 'status=$?; dmesg >$SHARE/dmesg; cp /run/nbdram/keeper.log $SHARE/ 2>/dev/null; exit $status' EXIT
+nbdram() {{ "$NBDRAM" "$@"; }}
+refused() {{ # the command fails, and says this
+    want=$1; shift
+    if "$@" >$TMPDIR/said 2>&1; then echo "not refused: $*"; exit 1; fi
+    grep -q -- "$want" $TMPDIR/said || {{ echo "refused otherwise: $*"; cat $TMPDIR/said; exit 1; }}
+    ! grep -q Traceback $TMPDIR/said
+}}
+until_says() {{ # this command says this, in time
+    for _ in $(seq 200); do
+        if "$2" $3 2>&1 | grep -q -- "$1"; then return 0; fi
+        sleep 0.1
+    done
+    echo "never said: $1"; exit 1
+}}
+"""
+)
+
+
+class AnyServer:
+    """nbdkit on a file, which outlives it: a server that is not ours, and can be killed and started again."""
+
+    def __init__(self, guest: Guest, image: Path, size: int) -> None:
+        self._guest = guest
+        self._image = image
+        with image.open("wb") as file:
+            file.truncate(size)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Self:
+        where = ["-p", str(NBD_PORT), "-i", SERVER_ADDRESS]
+        self._process = self._guest.spawn_host(["nbdkit", "-f", *where, "file", str(self._image)])
+        return self
+
+    def kill(self) -> None:
+        """Without a chance to say good-bye."""
+        assert self._process
+        end(self._process, grace_s=0)
+
+    def restart(self) -> None:
+        self.kill()
+        self.start()
+
+    def resize(self, size: int) -> None:
+        with self._image.open("r+b") as file:
+            file.truncate(size)
+
+
+def boot(guest: Guest, script: str, on_line: Callable[[str], None] | None = None) -> Result:
+    """Boot and run: the script succeeds, and no file system and no device reports an error."""
+    result = guest.run(PRELUDE + script, timeout_s=TIMEOUT_S, on_line=on_line)
+    logs = [f"--- {name}:\n{text}" for name in ("keeper.log", "dmesg") if (text := said(guest, name))]
+    assert result.status == 0, "\n".join([result.output, *logs, f"--- console:\n{result.console}"])
+    assert [line for line in said(guest, "dmesg").splitlines() if BAD.search(line)] == []
+    return result
+
+
+def said(guest: Guest, name: str) -> str:
+    """A file that the guest left in its share."""
+    path = guest.share / name
+    return path.read_text() if path.exists() else ""
+
+
+def acts(guest: Guest, **table: Callable[[], object]) -> Callable[[str], None]:
+    """An `on_line` that does what `table` says at each `pause NAME` of the script."""
+
+    def act(name: str) -> None:
+        table[name]()
+
+    return pauses(guest.share, act)
