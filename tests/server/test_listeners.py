@@ -131,9 +131,10 @@ def test_a_port_in_use_on_one_of_a_names_addresses_is_told_so(monkeypatch: pytes
             (socket.AF_INET6, socket.SOCK_STREAM, 0, "", ("::1", port, 0, 0)),
             (socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", port)),
         ]
-        with monkeypatch.context() as patched, pytest.raises(NbdramError, match="Address already in use"):
+        with monkeypatch.context() as patched:
             patched.setattr(socket, "getaddrinfo", lambda *_, **__: addresses)
-            open_listeners(Endpoint(host="localhost", port=port))
+            with pytest.raises(NbdramError, match="Address already in use"):
+                open_listeners(Endpoint(host="localhost", port=port))
         with listening(Endpoint(host="::1", port=port)):
             pass
 
