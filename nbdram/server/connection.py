@@ -138,7 +138,8 @@ class Connection(asyncio.BufferedProtocol):
         self._transport: _Transport = cast(_Transport, None)
         self._fd = -1
         self._writer_fd = -1  # a duplicate to watch: uvloop watches the original itself
-        self._peer = "?"
+        self.peer = "?"
+        self.opened_at = 0.0  # the export, by time.monotonic
         # handshake phase
         self._handshake: Handshake | None = Handshake(service.exports)
         self._deadline: asyncio.TimerHandle | None = None
@@ -182,7 +183,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         sock = self._transport.get_extra_info("socket")
         self._fd = sock.fileno()
-        self._peer = _peer_name(self._transport)
+        self.peer = _peer_name(self._transport)
         _tune(sock)
         self._deadline = self._loop.call_later(HANDSHAKE_TIMEOUT_S, self._handshake_late)
         assert self._handshake
@@ -234,7 +235,7 @@ class Connection(asyncio.BufferedProtocol):
         if self.device is not None:
             self.device.senders.discard(self)
             self.export.connections -= 1
-            log.info("%s closed export %r", self._peer, self.export.name)
+            log.info("%s closed export %r", self.peer, self.export.name)
         elif self in self._service.haggling and not self._closing:
             self._service.counters.handshake_failures[Failure.HUNG_UP] += 1
         self._service.forget(self)
@@ -253,13 +254,13 @@ class Connection(asyncio.BufferedProtocol):
             self._enter_transmission(outcome, handshake.leftover())
         elif isinstance(outcome, Refused):
             self._service.counters.handshake_failures[outcome.failure] += 1
-            log.info("%s left in the handshake: %s", self._peer, outcome.reason)
+            log.info("%s left in the handshake: %s", self.peer, outcome.reason)
             self.close_when_idle()
 
     def _handshake_late(self) -> None:
         self._closing = True
         self._service.counters.handshake_failures[Failure.LATE] += 1
-        log.info("%s did not finish the handshake in %g s", self._peer, HANDSHAKE_TIMEOUT_S)
+        log.info("%s did not finish the handshake in %g s", self.peer, HANDSHAKE_TIMEOUT_S)
         self._transport.abort()
 
     def _enter_transmission(self, agreed: Negotiated, leftover: bytes) -> None:
@@ -274,6 +275,7 @@ class Connection(asyncio.BufferedProtocol):
         self._service.haggling.pop(self, None)
         self.export, self.device = export, export.device
         export.connections += 1
+        self.opened_at = time.monotonic()
         export.counters.connections_opened += 1
         self.contexts = agreed.contexts
         self.replies = replies_for(agreed.mode)
@@ -282,7 +284,7 @@ class Connection(asyncio.BufferedProtocol):
             self._unpack = wire.EXTENDED_REQUEST.unpack_from
             self._header_bytes = wire.EXTENDED_REQUEST.size
             self._magic = wire.EXTENDED_REQUEST_MAGIC
-        log.info("%s opened export %r (%s replies)", self._peer, export.name, agreed.mode.value)
+        log.info("%s opened export %r (%s replies)", self.peer, export.name, agreed.mode.value)
         if leftover:
             self._buffer[: len(leftover)] = leftover
             self._parse(len(leftover))
@@ -661,7 +663,7 @@ class Connection(asyncio.BufferedProtocol):
     def _broken(self, what: str) -> None:
         """The peer can't be understood any more: hang up."""
         self._service.counters.protocol_errors += 1
-        log.warning("%s %s: closed", self._peer, what)
+        log.warning("%s %s: closed", self.peer, what)
         self._closing = True
         self._transport.abort()
 
@@ -682,7 +684,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._lost:
             return
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("%s: a request failed unexpectedly", self._peer, exc_info=error)
+            log.error("%s: a request failed unexpectedly", self.peer, exc_info=error)
             self._broken("could not be answered")
             return
         self._resume()
@@ -731,7 +733,7 @@ class Connection(asyncio.BufferedProtocol):
             try:
                 self._writer_fd = os.dup(self._fd)
             except OSError as error:  # too many open files
-                log.warning("%s can't be answered: %s", self._peer, error.strerror)
+                log.warning("%s can't be answered: %s", self.peer, error.strerror)
                 self._transport.abort()
                 return
         self._loop.add_writer(self._writer_fd, self._writable)

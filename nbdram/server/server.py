@@ -31,7 +31,9 @@ from nbdram.memory.statedir import StateDirectory
 from nbdram.memory.tiers.disk import SwapArea, filesystem
 from nbdram.observe import snapshot
 from nbdram.observe.control import ControlServer, default_path
+from nbdram.observe.history import History
 from nbdram.observe.lag import LoopLag
+from nbdram.observe.status import status_pages
 from nbdram.observe.web import WebServer, pages
 from nbdram.server.connection import MAX_CONNECTIONS, Connection, Service
 from nbdram.server.exports import Exports
@@ -69,7 +71,9 @@ class Server:
         self._control: ControlServer | None = None
         self.lag: LoopLag = LoopLag()
         self.ready: bool = False  # all is set up, and nobody has asked us to stop
+        self.started_at = time.monotonic()
         self.web: WebServer | None = None
+        self._history = History(self)
         self.auto_budget: AutoBudget | None = None
         self._pressure: asyncio.Task[None] | None = None
         self._sweeper: asyncio.Task[None] | None = None
@@ -171,12 +175,14 @@ class Server:
         if endpoint is None:
             return None
         try:
-            return WebServer(endpoint, pages(self))
+            web = WebServer(endpoint, {**pages(self), **status_pages(self, self._history)})
         except NbdramError as error:
             if self.settings.metrics_required:
                 raise
             log.warning("no metrics and no status page: %s", error)
             return None
+        self._history.start()
+        return web
 
     def _connect(self) -> Connection:
         return Connection(self.service)
@@ -210,6 +216,7 @@ class Server:
         with suppress(BufferError):  # a view that a dying connection still holds goes with the process
             self.exports.close()
         self.lag.stop()
+        self._history.stop()
         if self.web:
             self.web.stop()
             self.web = None
