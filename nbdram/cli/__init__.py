@@ -1,6 +1,7 @@
 """The `nbdram` command: one module per subcommand; each has `add(subparsers)` and `run(arguments)`."""
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -41,7 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NbdramError as error:
         print(f"nbdram: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # the reader of our output has seen enough: nothing more is to be flushed into it
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            print("nbdram: too many open files: allow this process more of them (ulimit -n)", file=sys.stderr)
+            return 1
+        if not isinstance(error, BrokenPipeError):
+            raise
+        # The reader of our output has seen enough: nothing more is to be flushed into it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
