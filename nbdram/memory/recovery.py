@@ -97,6 +97,7 @@ def recount(space: "Space", index_path: str) -> None:
                 space.index_pages += any(piece[page : page + WORDS_PER_PAGE])
             at += count
         space.resident_pages += words.resident_pages()
+        space.duplicate_pages += words.duplicate_pages()
         clusters, pages = words.images(Tier.RAM)
         space.cold_clusters += clusters
         space.cold_pages += pages
@@ -165,6 +166,11 @@ class _Words:
 
     def resident_pages(self) -> int:
         return self._resident.bit_count()
+
+    def duplicate_pages(self) -> int:
+        """How many pages are resident in clusters that have an image: of tier RAM (2) or DISK (3)."""
+        with_image = self._all >> TIER_SHIFT + 1 & self._each(1)
+        return (self._resident & with_image * RESIDENT).bit_count()
 
     def images(self, tier: Tier) -> tuple[int, int]:
         """How many have an image in a tier, and how many pages these images take."""

@@ -65,6 +65,7 @@ def counts(device: Device) -> tuple[int, ...]:
         device.cold_pages,
         device.cold_clusters,
         device.index_pages,
+        device.stored_bytes,
         device.budget.free_pages,
     )
 

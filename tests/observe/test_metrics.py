@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from nbdram.observe import reference
 from nbdram.observe.exposition import Exposition, ServerCollector
 from nbdram.observe.families import FAMILIES
 from nbdram.protocol.handshake import Failure
@@ -178,3 +179,17 @@ def _series(server: Served) -> set[str]:
 async def test_the_event_loops_lag_is_measured(tmp_path: Path) -> None:
     async with served(tmp_path) as server:
         await eventually(lambda: scrape(server)("nbdram_event_loop_lag_seconds_count") >= 1)
+
+
+def test_the_reference_is_what_the_code_says() -> None:
+    committed = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    assert committed == reference.text(), "run python -m nbdram.observe.reference > docs/metrics.md"
+
+
+async def test_labels_have_only_the_values_that_the_reference_lists(tmp_path: Path) -> None:
+    async with served(tmp_path) as server:
+        found = scrape(server).families
+    for label in ("command", "phase", "reason", "result", "source"):
+        listed = {value for name, values in reference._VALUES.items() if name == label for value in values.split(", ")}
+        used = {sample.labels[label] for one in found.values() for sample in one.samples if label in sample.labels}
+        assert used == listed, label
