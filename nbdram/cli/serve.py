@@ -19,6 +19,7 @@ from nbdram.config import (
 )
 from nbdram.errors import UsageError
 from nbdram.memory.available import cgroup_limits, default_budget
+from nbdram.observe import logs
 from nbdram.server.connection import WRITE_WAIT_S
 from nbdram.server.server import serve
 
@@ -83,15 +84,13 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help=f"where Prometheus metrics and the status page are served, over HTTP (default: {DEFAULT_METRICS.netloc}, "
         "if that is free)",
     )
+    parser.add_argument("--log-format", choices=logs.FORMATS, default="text", help="json: one object a line")
     parser.add_argument("-v", "--verbose", action="store_true", help="log every connection")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    logging.basicConfig(
-        level=logging.INFO if arguments.verbose else logging.WARNING,
-        format="%(asctime)s %(name)s %(levelname)s: %(message)s",
-    )
+    logs.set_up(arguments.log_format, verbose=arguments.verbose)
     exports = tuple(ExportSettings.parse(text) for text in arguments.export or ())
     listen = tuple(parse_listen(text) for text in arguments.listen or ())
     settings = ServeSettings(
