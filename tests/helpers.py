@@ -520,7 +520,11 @@ class Running:
         self, name: str = "ram", mode: ReplyMode = ReplyMode.SIMPLE, contexts: Sequence[str] = ()
     ) -> Client:
         client = await dial(self.path)
-        await client.enter(name, mode, contexts)
+        try:
+            await client.enter(name, mode, contexts)
+        except BaseException:
+            client.kill()
+            raise
         return client
 
     async def ended(self) -> Finished:
