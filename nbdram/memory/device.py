@@ -17,6 +17,7 @@ from nbdram.memory.histogram import Histogram
 from nbdram.memory.layout import (
     CLUSTER,
     CLUSTER_SHIFT,
+    DIRTY_SHIFT,
     LENGTH_MASK,
     LENGTH_SHIFT,
     PAGE,
@@ -177,7 +178,7 @@ class Device(Space):
     def _fault(self, cluster: int, start: int, end: int, image: bytes | None = None) -> None:
         """Copy the missing pages [start, end) of a cluster out of its image to `hot`, clean.
 
-        What a write in progress has received of them stays; such a page is dirty.
+        What a write in progress has received of them stays; pages that it may still change are dirty.
         """
         base = cluster << CLUSTER_SHIFT
         pieces = self.decode(cluster, self.words[cluster], start - base, end - base, image)
@@ -192,11 +193,12 @@ class Device(Space):
         self.resident_pages += new_pages
         self.duplicate_pages += new_pages
         self.refaults += new_pages
-        self.words[cluster] |= mask
+        on_its_way = any(incoming.covers(cluster) for incoming in self.incoming)
+        self.words[cluster] |= mask * RESIDENT_AND_DIRTY if on_its_way else mask
         self.references[cluster] = TOUCHED
         for at, content in arrived:
-            self.hot[at : at + len(content)] = content
             self.mark_written(at, at + len(content))
+            self.hot[at : at + len(content)] = content
 
     def gather(self, offset: int, end: int, images: Images | None = None) -> list[Piece]:
         """[offset, end) as neighbouring (start, end, buffers), an empty list for a hole; touches the clusters.
@@ -276,6 +278,7 @@ class Device(Space):
             return
         self.fault_edges(offset, end)
         self.budget.take(self.missing_pages(offset, end))
+        self.mark_changing(offset, end)
         self.hot[offset:end] = data
         self.mark_written(offset, end)
 
@@ -306,6 +309,17 @@ class Device(Space):
             mask = pages_within(cluster, offset, end)
             missing += (mask & ~self.word(cluster)).bit_count()
         return missing
+
+    def mark_changing(self, offset: int, end: int) -> None:
+        """Resident pages of [offset, end) are about to differ from the image: they are dirty before they do.
+
+        Whoever takes the device up after a crash in between may not drop them as if the image had them.
+        """
+        for cluster in range(offset >> CLUSTER_SHIFT, ((end - 1) >> CLUSTER_SHIFT) + 1):
+            word = self.word(cluster)
+            clean = word & ~(word >> DIRTY_SHIFT) & pages_within(cluster, offset, end)
+            if clean:
+                self.words[cluster] = word | clean << DIRTY_SHIFT
 
     def mark_written(self, offset: int, end: int) -> int:
         """Set the bits of pages whose bytes are in `hot`; returns how many became resident."""

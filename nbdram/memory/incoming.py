@@ -37,6 +37,7 @@ class Incoming:
         missing = self._device.missing_pages(self._granted, end)
         self._device.budget.take(missing)
         self._claimed += missing
+        self._device.mark_changing(self._granted, end)
         self._granted = end
 
     @property

@@ -15,6 +15,7 @@ from nbdram.errors import NbdramError
 from nbdram.memory.backing import allocated_bytes
 from nbdram.memory.budget import Budget
 from nbdram.memory.device import Device
+from nbdram.memory.incoming import Incoming
 from nbdram.memory.layout import LENGTH_SHIFT, Reference, Tier, cold_word
 from nbdram.memory.recovery import _Words, punch_stray_pages, recount, sweep
 from nbdram.memory.statedir import MANIFEST, StateDirectory, StoredDevice
@@ -262,6 +263,25 @@ def test_images_of_two_starts_are_sealed_with_different_keys(tmp_path: Path) -> 
         area.close()
     assert sealed[0][:16] != sealed[1][:16]
     assert sealed[0][16:28] == sealed[1][16:28] == (1).to_bytes(12, "big")
+
+
+@pytest.mark.parametrize("length", [10, 2 * CLUSTER])
+def test_a_clean_page_is_dirty_before_a_write_changes_it(path: Path, length: int) -> None:
+    """Else a crash in between would leave a page that is dropped later, and turns back into the old one."""
+    state, device, _ = make(path)
+    device.write(0, b"old" * 1000)
+    evict(device, 0)
+    for _ in range(3):
+        device.read(0, 3000)
+    assert device.words[0] & 0x10001 == 1, "the page is not clean and resident"
+    incoming = Incoming(device, 0, length)
+    incoming.view()[:5] = b"newer"  # and the process ends here
+    assert device.words[0] & 0x10001 == 0x10001
+    device.incoming.clear()
+    leave(state, device)
+    with taken_up(path) as device:
+        evict(device, 0)
+        assert device.read(0, 5) == b"newer"
 
 
 # -- growing -----------------------------------------------------------------------------------------

@@ -48,21 +48,35 @@ class Writer:
 
     async def _step(self, client: Client) -> None:
         """A few requests at once, none over another's bytes."""
-        requests = b""
+        requests, pending, trims = b"", 0, []
         for change in self._plan():
             payload = change.data if change.command == Command.WRITE else b""
             requests += client.request(change.command, self.base + change.offset, change.length, payload=payload)
             self.in_doubt[client.last_cookie] = change
+            pending += 1
         client.writer.write(requests)
-        while self.in_doubt:
+        for _ in range(pending):
             ((cookie, answer),) = (await client.replies(1)).items()
             assert answer.error == 0, answer
+            if self.in_doubt[cookie].command == Command.TRIM:
+                trims.append(cookie)
+                continue
             change = self.in_doubt.pop(cookie)
             end = change.start + len(change.data)
             if change.command == Command.READ:
                 assert answer.data == self.content[change.start : end], "what is read is not what was written"
             self.content[change.start : end] = change.data
             self.acknowledged += 1
+        for cookie in trims:
+            await self._look_at_trimmed(client, self.in_doubt[cookie])
+            del self.in_doubt[cookie]
+
+    async def _look_at_trimmed(self, client: Client, change: Change) -> None:
+        """Where memory is short, a page of a cold cluster may be left as it was; from here on it stays what it is."""
+        for at in range(change.start, change.start + len(change.data), PAGE):
+            found = await client.read(self.base + at, PAGE)
+            assert found in (bytes(PAGE), self.content[at : at + PAGE]), "a trimmed page is neither old nor zeros"
+            self.content[at : at + PAGE] = found
 
     def _plan(self) -> Iterator[Change]:
         chance = self._random
