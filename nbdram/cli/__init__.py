@@ -14,6 +14,11 @@ from nbdram.errors import NbdramError, UsageError
 _COMMANDS = {
     "serve": "serve",
     "stats": "stats",
+    "exports": "exports",
+    "create": "create",
+    "resize": "resize",
+    "rm": "rm",
+    "check": "check",
     "list": "list_exports",
     "info": "info",
     "map": "map_extents",

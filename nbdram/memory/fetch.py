@@ -20,7 +20,7 @@ class Fetcher:
 
     def __init__(self) -> None:
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="nbdram-fetch")
-        self._under_way: dict[FarImage, asyncio.Future[bytes]] = {}
+        self._under_way: dict[FarImage, tuple[Device, asyncio.Future[bytes]]] = {}
         self.fetched = 0
         self.times = Recent()
         self.seconds = Histogram()
@@ -57,7 +57,7 @@ class Fetcher:
         under_way = self._under_way.get(image)
         if under_way is not None:
             try:
-                await asyncio.shield(under_way)
+                await asyncio.shield(under_way[1])
             except OSError as error:
                 if image.is_current:
                     if isinstance(error, IntegrityError):
@@ -82,8 +82,12 @@ class Fetcher:
 
         loop = asyncio.get_running_loop()
         under_way = loop.run_in_executor(self._readers, device.load_image, cluster, word)
-        self._under_way[image] = under_way
+        self._under_way[image] = (device, under_way)
         under_way.add_done_callback(done)
+
+    def is_reading(self, device: Device) -> bool:
+        """Whether a worker looks at a device's files just now."""
+        return any(of is device for of, _ in self._under_way.values())
 
     def close(self) -> None:
         self._readers.shutdown()

@@ -1,8 +1,13 @@
 """The control socket: HTTP with JSON over a Unix socket that only its owner may open.
 
-    GET /v1/stats      everything of `snapshot.take`
+    GET    /v1/stats                  everything of `snapshot.take`
+    GET    /v1/exports                what `server/admin.py` does; docs/control.md has all of it
+    POST   /v1/exports
+    DELETE /v1/exports/NAME[?force]
+    POST   /v1/exports/NAME/resize
 
 It runs in a thread of its own, so that looking costs the event loop nothing: all that is read are plain numbers.
+What changes anything is handed to the loop. Errors are {"error": a sentence}.
 """
 
 import http.client
@@ -15,15 +20,20 @@ import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote, urlsplit
 
 from nbdram.config import Endpoint, runtime_directory
-from nbdram.errors import NbdramError
+from nbdram.errors import Conflict, NbdramError, NoSuchExport, UsageError
 from nbdram.server.listeners import open_listeners, unlink_if_ours
+
+if TYPE_CHECKING:
+    from nbdram.server.admin import Admin
 
 log = logging.getLogger("nbdram.control")
 
-_TIMEOUT_S = 5.0
+_TIMEOUT_S: Final = 20.0
+_MAX_BODY_BYTES: Final = 64 * 1024
 
 
 def default_path() -> Path:
@@ -31,15 +41,16 @@ def default_path() -> Path:
 
 
 class ControlServer(socketserver.ThreadingMixIn, socketserver.BaseServer):
-    """Answers questions about a server; `snapshot` gives the answer to /v1/stats."""
+    """Answers questions about a server, and changes it; `snapshot` gives the answer to /v1/stats."""
 
     daemon_threads = True
 
-    def __init__(self, path: Path, snapshot: Callable[[], dict[str, Any]]) -> None:
+    def __init__(self, path: Path, snapshot: Callable[[], dict[str, Any]], admin: "Admin") -> None:
         self.socket = open_listeners(Endpoint(path=str(path)))[0]
         self.socket.listen()
         self._path, self._inode = path, os.lstat(path).st_ino
         self.snapshot = snapshot
+        self.admin = admin
         super().__init__(str(path), _Handler)
         self._thread = threading.Thread(target=self.serve_forever, name="nbdram-control", daemon=True)
         self._thread.start()
@@ -70,15 +81,65 @@ class _Handler(BaseHTTPRequestHandler):
     server: ControlServer
 
     def do_GET(self) -> None:
-        if self.path != "/v1/stats":
-            self.send_error(404)
-            return
-        body = json.dumps(self.server.snapshot()).encode()
-        self.send_response(200)
+        self._answer("GET")
+
+    def do_POST(self) -> None:
+        self._answer("POST")
+
+    def do_DELETE(self) -> None:
+        self._answer("DELETE")
+
+    def _answer(self, method: str) -> None:
+        try:
+            status, answer = self._act(method)
+        except UsageError as error:
+            status, answer = 400, {"error": str(error)}
+        except NoSuchExport as error:
+            status, answer = 404, {"error": str(error)}
+        except Conflict as error:
+            status, answer = 409, {"error": str(error)}
+        except NbdramError as error:
+            status, answer = 500, {"error": str(error)}
+        except TimeoutError:
+            status, answer = 500, {"error": "the server did not get it done in time"}
+        except Exception:
+            log.exception("%s %s failed unexpectedly", method, self.path)
+            status, answer = 500, {"error": "the server failed; its log says more"}
+        body = json.dumps(answer).encode()
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+    def _act(self, method: str) -> tuple[int, dict[str, Any]]:
+        """Do what is asked; the status and the answer."""
+        admin = self.server.admin
+        parts = urlsplit(self.path)
+        match method, *[unquote(part) for part in parts.path.split("/")[1:]]:
+            case ["GET", "v1", "stats"]:
+                return 200, self.server.snapshot()
+            case ["GET", "v1", "exports"]:
+                return 200, admin.list()
+            case ["POST", "v1", "exports"]:
+                return 201, admin.create(self._body())
+            case ["DELETE", "v1", "exports", name]:
+                return 200, admin.remove(name, force=parts.query == "force")
+            case ["POST", "v1", "exports", name, "resize"]:
+                return 200, admin.resize(name, self._body())
+        return 404, {"error": f"there is no {method} {parts.path}"}
+
+    def _body(self) -> dict[str, Any]:
+        length = self.headers.get("Content-Length", "0")
+        if not length.isdigit() or int(length) > _MAX_BODY_BYTES:
+            raise UsageError(f"a request may have at most {_MAX_BODY_BYTES} bytes, and must say how many")
+        try:
+            body = json.loads(self.rfile.read(int(length)))
+        except ValueError:
+            body = None
+        if not isinstance(body, dict):
+            raise UsageError("a request must be an object in JSON")
+        return body
 
     def address_string(self) -> str:
         return "local"
@@ -98,19 +159,20 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(str(self._path))
 
 
-def ask(path: Path, what: str) -> dict[str, Any]:
-    """GET /v1/`what` from the server that listens at `path`."""
+def ask(path: Path, what: str, method: str = "GET", body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """`method` /v1/`what` at the server that listens at `path`; its refusal is raised, as UsageError if it is one."""
     connection = _UnixConnection(path)
     try:
-        connection.request("GET", f"/v1/{what}")
+        connection.request(method, f"/v1/{what}", None if body is None else json.dumps(body))
         response = connection.getresponse()
-        body = response.read()
-    except (OSError, http.client.HTTPException) as error:
+        answer: dict[str, Any] = json.loads(response.read())
+    except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise NbdramError(f"no server answers at {path} ({reason}): is it running, with --control {path}?") from error
     finally:
         connection.close()
-    if response.status != 200:
-        raise NbdramError(f"the server at {path} answered {response.status} {response.reason}")
-    answer: dict[str, Any] = json.loads(body)
+    if response.status == 400:
+        raise UsageError(answer["error"])
+    if response.status >= 300:
+        raise NbdramError(answer.get("error", f"the server at {path} answered {response.status}"))
     return answer

@@ -212,6 +212,8 @@ async def _write_zeros(connection: "Connection", cookie: int, offset: int, end: 
     try:
         await connection.fetcher.fetch_edges(connection.device, offset, end)
         while at < end:
+            if end > connection.device.size:  # it was made smaller meanwhile
+                raise OSError(errno.ENOSPC, "past the end of the export")
             stop = min(end, at // CLUSTER * CLUSTER + CLUSTER)
             try:
                 connection.device.write(at, bytes(stop - at))

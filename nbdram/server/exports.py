@@ -172,9 +172,7 @@ class Exports:
         if wanted.size > size:
             self.resize(name, wanted.size)
         elif wanted.size < size:
-            log.warning(
-                "%r keeps its %s: it had %s when it was made", name, format_size(size), format_size(wanted.size)
-            )
+            log.warning("%r keeps its %s: --export asks for %s", name, format_size(size), format_size(wanted.size))
         if wanted.dense != export.dense:
             log.warning("%r keeps its way to compress: density can't be changed", name)
         export.read_only, export.description = wanted.read_only, wanted.description

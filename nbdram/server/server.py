@@ -35,6 +35,7 @@ from nbdram.observe.history import History
 from nbdram.observe.lag import LoopLag
 from nbdram.observe.status import status_pages
 from nbdram.observe.web import WebServer, pages
+from nbdram.server.admin import Admin
 from nbdram.server.connection import MAX_CONNECTIONS, Connection, Service
 from nbdram.server.exports import Exports
 from nbdram.server.listeners import open_listeners, unlink_if_ours
@@ -163,7 +164,7 @@ class Server:
     def _open_control(self) -> ControlServer | None:
         """The control socket; if nobody asked for one, a second server on the same host goes without."""
         try:
-            return ControlServer(self.settings.control or default_path(), lambda: snapshot.take(self))
+            return ControlServer(self.settings.control or default_path(), lambda: snapshot.take(self), Admin(self))
         except NbdramError as error:
             if self.settings.control:
                 raise
