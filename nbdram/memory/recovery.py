@@ -8,8 +8,9 @@ they do not point at is left over from a change that was under way, and is given
 - slots of images that no word points at, while the server works already: nobody looks into them.
 
 The kernel knows how much is allocated in each file. Where that is what the words add up to, nothing is left over, and
-there is nothing to look for. Words are handled as long integers and strings of bytes, never one by one: the index of
-64 GiB of data is read in some 0.1 s.
+there is nothing to look for. Words are handled as long integers and strings of bytes, never one by one. Measured with
+4 GiB resident in a device of 1 TiB: 0.01 s in one piece, and 0.05 more where there are leftovers in it; as single
+clusters all over the device 0.5 s and 0.4.
 """
 
 import mmap
@@ -22,11 +23,9 @@ from nbdram.memory.backing import allocated_bytes
 from nbdram.memory.layout import (
     CLUSTER,
     CLUSTER_SHIFT,
-    DIRTY_SHIFT,
     LENGTH_MASK,
     LENGTH_SHIFT,
     PAGE,
-    RESIDENT,
     SLOT_SHIFT,
     TIER_MASK,
     TIER_SHIFT,
@@ -54,6 +53,7 @@ _HAS_IMAGE_IN: Final = {
 }
 _LEGAL_BYTE_6: Final = bytes((0, *_BYTE_6[Tier.RAM], *_BYTE_6[Tier.DISK]))
 _NOT_ZERO: Final = bytes((0, *(0xFF for _ in range(255))))
+_HOLES: Final = bytes(WORDS_PER_PAGE)
 _HIGH_HALF: Final = bytes(value >> 4 for value in range(256))
 
 Extent = tuple[int, int]  # start, end
@@ -83,7 +83,7 @@ def recount(space: "Space", index_path: str) -> None:
         words = _Words(content)
         if runs[-1][1] * WORDS_PER_PAGE > space.backing.clusters:
             beyond = content[len(content) - (runs[-1][1] * WORDS_PER_PAGE - space.backing.clusters) * WORD_BYTES :]
-            if any(beyond):
+            if beyond.count(0) != len(beyond):
                 raise NbdramError(f"{index_path} is damaged: it has words behind the end of the device")
         if not words.make_sense():
             raise NbdramError(f"{index_path} is damaged: it has words that make no sense; `nbdram check` tells more")
@@ -94,7 +94,7 @@ def recount(space: "Space", index_path: str) -> None:
             piece = references[at : at + count]
             space.references[first * WORDS_PER_PAGE : after * WORDS_PER_PAGE] = piece
             for page in range(0, count, WORDS_PER_PAGE):
-                space.index_pages += any(piece[page : page + WORDS_PER_PAGE])
+                space.index_pages += piece[page : page + WORDS_PER_PAGE] != _HOLES
             at += count
         space.resident_pages += words.resident_pages()
         space.duplicate_pages += words.duplicate_pages()
@@ -126,16 +126,13 @@ def _index_chunks(fd: int) -> Iterator[list[Extent]]:
 
 
 class _Words:
-    """Many words at once: as one long integer, and as strings of their first, second, ... bytes."""
+    """Many words at once, as strings of their first, second, ... bytes: bit operations are those of long integers."""
 
     def __init__(self, content: bytes) -> None:
         self._count = len(content) // WORD_BYTES
-        self._all = int.from_bytes(content, "little")
         self._byte = [content[at::WORD_BYTES] for at in range(WORD_BYTES)]
-        self._resident = self._all & self._each(RESIDENT)
-
-    def _each(self, word: int) -> int:
-        return int.from_bytes(word.to_bytes(WORD_BYTES, "little") * self._count, "little")
+        self._all_zeros = bytes(self._count)
+        self._have_images = any(part != self._all_zeros for part in self._byte[4:])
 
     def _or(self, one: bytes, other: bytes) -> bytes:
         return (int.from_bytes(one, "little") | int.from_bytes(other, "little")).to_bytes(self._count, "little")
@@ -145,35 +142,44 @@ class _Words:
 
     def make_sense(self) -> bool:
         """Whether each could have been written by us."""
-        dirty = self._all >> DIRTY_SHIFT & self._each(RESIDENT)
-        if dirty & self._resident != dirty or any(self._byte[7]):
-            return False
-        if self._byte[6].translate(None, _LEGAL_BYTE_6):
+        for resident, dirty in zip(self._byte[:2], self._byte[2:4], strict=True):
+            if dirty not in (resident, self._and(dirty, resident)):
+                return False
+        if not self._have_images:
+            return True
+        if self._byte[7] != self._all_zeros or self._byte[6].translate(None, _LEGAL_BYTE_6):
             return False
         low = self._or(self._byte[4], self._byte[5]).translate(_NOT_ZERO)
         raw = bytes(0xFF * (value & 1) for value in range(256))
         stored_raw = self._byte[6].translate(raw)
         has_length = self._or(low, stored_raw)
-        return has_length == self._byte[6].translate(_NOT_ZERO) and not any(self._and(low, stored_raw))
+        return has_length == self._byte[6].translate(_NOT_ZERO) and (self._and(low, stored_raw) == self._all_zeros)
 
     def references(self) -> bytes:
         """The reference byte of each: idle, whatever it was."""
         resident = self._or(self._byte[0], self._byte[1]).translate(bytes((0, *(Reference.IDLE for _ in range(255)))))
+        if not self._have_images:
+            return resident
         in_ram = self._byte[6].translate(bytes(value and Reference.COLD for value in _HAS_IMAGE_IN[Tier.RAM]))
         on_disk = self._byte[6].translate(bytes(value and Reference.FAR for value in _HAS_IMAGE_IN[Tier.DISK]))
         both = self._or(resident, self._or(in_ram, on_disk))
         return both.translate(bytes(Reference.IDLE if value & Reference.IDLE else value for value in range(256)))
 
     def resident_pages(self) -> int:
-        return self._resident.bit_count()
+        return sum(int.from_bytes(part, "little").bit_count() for part in self._byte[:2])
 
     def duplicate_pages(self) -> int:
-        """How many pages are resident in clusters that have an image: of tier RAM (2) or DISK (3)."""
-        with_image = self._all >> TIER_SHIFT + 1 & self._each(1)
-        return (self._resident & with_image * RESIDENT).bit_count()
+        """How many pages are resident in clusters that have an image."""
+        if not self._have_images:
+            return 0
+        with_image = self._byte[6].translate(_NOT_ZERO)
+        parts = (self._and(part, with_image) for part in self._byte[:2])
+        return sum(int.from_bytes(part, "little").bit_count() for part in parts)
 
     def images(self, tier: Tier) -> tuple[int, int]:
         """How many have an image in a tier, and how many pages these images take."""
+        if not self._have_images:
+            return 0, 0
         here = self._byte[6].translate(_HAS_IMAGE_IN[tier])
         clusters = here.count(0xFF)
         if not clusters:
@@ -196,10 +202,12 @@ def punch_stray_pages(space: "Space") -> int:
         for start, end in data_extents(space.backing.index_fd):
             for at in range(start // PAGE * PAGE, end, PAGE):
                 first = at // WORD_BYTES
-                if not any(space.references[first : first + WORDS_PER_PAGE]):
+                if space.references[first : first + WORDS_PER_PAGE] == _HOLES:
                     space.backing.index.madvise(mmap.MADV_REMOVE, at, PAGE)
                     found += 1
     surplus = allocated_bytes(space.backing.hot_fd) // PAGE - space.resident_pages
+    if surplus <= 0:
+        return found
     for start, end in data_extents(space.backing.hot_fd):
         if surplus <= 0:
             break
