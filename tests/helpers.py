@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from nbdram.config import Endpoint, ExportSettings, ServeSettings, parse_size
 from nbdram.memory.device import Device
+from nbdram.memory.reclaim import anonymous_bytes
 from nbdram.protocol.handshake import ReplyMode
 from nbdram.protocol.wire import Command, CommandFlag, Option, OptionReply, ReplyType
 from nbdram.server.connection import Connection
@@ -456,7 +457,7 @@ async def served(directory: Path, *exports: str, memory: str = "256M") -> AsyncI
     settings = ServeSettings(
         exports=tuple(ExportSettings.parse(text) for text in exports or ("ram=1T",)),
         listen=(Endpoint(path=str(path)),),
-        memory=parse_size(memory),
+        memory=parse_size(memory) + anonymous_bytes(),  # what this process has taken already counts too
         control=directory / "control",
     )
     escaped: list[dict[str, Any]] = []
