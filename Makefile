@@ -6,7 +6,8 @@ BIN := .venv/bin
 # What `make demo` needs: a kernel with nbd (user-mode Linux, where the host's has none), and its tools.
 DEMO_PACKAGES := python3-venv user-mode-linux nbd-client e2fsprogs iproute2 kmod
 # What the tests and benchmarks need besides: real clients and peers.
-TEST_PACKAGES := $(DEMO_PACKAGES) libnbd-bin python3-libnbd qemu-utils fio nbdkit prometheus chromium chromium-driver
+TEST_PACKAGES := $(DEMO_PACKAGES) libnbd-bin python3-libnbd qemu-utils fio nbdkit prometheus chromium chromium-driver \
+	podman buildah runc mmdebstrap systemd
 
 .PHONY: setup demo test bench lint clean packages-demo packages-test
 

@@ -13,6 +13,7 @@ from nbdram.errors import NbdramError, UsageError
 # The module of each command. Only the one that is asked for is imported: `attach` needs no server, `serve` no netlink.
 _COMMANDS = {
     "serve": "serve",
+    "health": "health",
     "stats": "stats",
     "exports": "exports",
     "create": "create",
