@@ -77,15 +77,36 @@ stty -opost </dev/tty1
     ip link set vec0 up
     insmod /usr/lib/uml/modules/"$(uname -r)"/kernel/drivers/block/nbd.ko
     cd /run
+    if [ -e "$SHARE/coverage.ini" ]; then export COVERAGE_PROCESS_START="$SHARE/coverage.ini"; fi
     exec sh "$SHARE/script"
 )
 status=$?
+if [ -e "$SHARE/coverage.ini" ]; then # what is still there is told to end, because it tells what it did then
+    kill -TERM -1
+    for _ in $(seq 50); do
+        cat /proc/[0-9]*/cmdline 2>/dev/null | grep -q nbdram || break
+        sleep 0.1
+    done
+fi
 sync
 printf '\\n%s %s\\n' "$1" "$status"
 echo o >/proc/sysrq-trigger
 sleep 60
 """
 
+
+# Where coverage is measured, it is in the guest too.
+_COVERAGE: Final = """
+[run]
+source_pkgs = nbdram
+branch = true
+parallel = true
+sigterm = true
+patch =
+    subprocess
+    fork
+data_file = /run/share/.coverage
+"""
 
 # For scripts that something outside is to look at while they wait: `pause NAME`; see `pauses`.
 PAUSE: Final = """
@@ -153,6 +174,8 @@ class Guest:
             seen.unlink()
         (self.share / "init").write_text(_INIT)
         (self.share / "script").write_text(script)
+        if "COVERAGE_PROCESS_CONFIG" in os.environ:
+            (self.share / "coverage.ini").write_text(_COVERAGE)
         console = self.directory / "console"
         output = _Output(token, on_line)
         with console.open("wb") as messages:
@@ -161,6 +184,8 @@ class Guest:
             environment = {**os.environ, "TMPDIR": "/dev/shm"}
             with spawned(boot, stdout=subprocess.PIPE, stderr=messages, env=environment, grace_s=0) as uml:
                 in_time = output.read(uml, time.monotonic() + timeout_s)
+        for data in self.share.glob(".coverage.*"):
+            shutil.move(data, CHECKOUT)
         said = console.read_text(errors="replace")
         if in_time and output.status is not None:
             return Result(output.status, output.text, said)

@@ -152,7 +152,7 @@ async def test_memory_is_told_as_it_is_counted(tmp_path: Path) -> None:
         assert seen("nbdram_stored_bytes", export="ram") == 5 * PAGE
         assert seen("nbdram_index_bytes", export="ram") == PAGE
         assert seen("nbdram_ram_per_stored_byte_ratio") == 6 / 5
-        assert seen("nbdram_memory_budget_bytes") == 256 << 20
+        assert seen("nbdram_memory_budget_bytes") == server.server.exports.budget.limit_pages * PAGE
         assert seen("nbdram_memory_used_bytes") == seen("nbdram_memory_overhead_bytes") + 6 * PAGE
         assert seen("nbdram_connections", phase="transmission") == 1
         assert seen("nbdram_export_connections", export="ram") == 1
