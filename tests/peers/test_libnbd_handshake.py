@@ -58,11 +58,11 @@ def test_meta_contexts_are_listed_by_namespace_and_by_name(server: Server) -> No
                 h.add_meta_context(query)
             names = []
             h.opt_list_meta_context(names.append)
-            return sorted(names)
-        assert listed() == ["base:allocation", "x-nbdram:tier"]
+            return sorted(name.partition("=")[0] for name in names)
+        assert listed() == ["base:allocation", "x-nbdram:id", "x-nbdram:tier"]
         assert listed("base:") == listed("base:allocation") == ["base:allocation"]
-        assert listed("x-nbdram:", "qemu:dirty-bitmap:b") == ["x-nbdram:tier"]
-        assert listed("base:", "x-nbdram:tier") == listed()
+        assert listed("x-nbdram:", "qemu:dirty-bitmap:b") == ["x-nbdram:id", "x-nbdram:tier"]
+        assert listed("base:", "x-nbdram:tier") == ["base:allocation", "x-nbdram:tier"]
         assert listed("nobody:") == listed("base:allocatio") == listed("") == []
         h.opt_abort()
     """)
