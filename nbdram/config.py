@@ -10,6 +10,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from nbdram.errors import UsageError
 from nbdram.memory.layout import MAX_DEVICE_BYTES, PAGE
+from nbdram.memory.tiers.remote_settings import RemoteSettings
 from nbdram.protocol.wire import DEFAULT_PORT, MAX_STRING_BYTES
 
 DEFAULT_EXPORT_NAME: Final = "ram"
@@ -271,6 +272,8 @@ class ServeSettings:
     metrics: Endpoint | None = None
     metrics_required: bool = False  # else the server goes without if the port is taken
     state_dir: Path | None = None
+    remote: RemoteSettings | None = None
+    remote_first: bool = False  # before the directories of `swap`
 
     def check(self) -> None:
         """What can be said without opening anything."""

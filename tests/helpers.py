@@ -451,7 +451,7 @@ def index_pages(device: Device) -> int:
 
 
 @asynccontextmanager
-async def served(directory: Path, *exports: str, memory: str = "256M") -> AsyncIterator[Served]:
+async def served(directory: Path, *exports: str, memory: str = "256M", **others: Any) -> AsyncIterator[Served]:
     """A server on a Unix socket in `directory`. Nothing may escape it, and no page may be lost."""
     path = directory / "nbd.sock"
     settings = ServeSettings(
@@ -459,6 +459,7 @@ async def served(directory: Path, *exports: str, memory: str = "256M") -> AsyncI
         listen=(Endpoint(path=str(path)),),
         memory=parse_size(memory) + anonymous_bytes(),  # what this process has taken already counts too
         control=directory / "control",
+        **others,
     )
     escaped: list[dict[str, Any]] = []
     loop = asyncio.get_running_loop()

@@ -53,7 +53,7 @@ def _print_tiers(extents: list[tuple[int, int, int]], size: int, *, as_json: boo
         print(json.dumps([{"offset": o, "length": n, "tier": _TIERS[t]} for o, n, t in extents]))
         return 0
     print("\n".join(draw(extents, size)))
-    for tier, name in enumerate(_TIERS[:4]):
+    for tier, name in enumerate(_TIERS):
         print(f"{_MARKS[tier]} {name:10}{format_size(sum(n for _, n, t in extents if t == tier))}")
     return 0
 

@@ -10,13 +10,13 @@ from nbdram.config import (
     DEFAULT_METRICS,
     ExportSettings,
     ServeSettings,
-    SwapSettings,
     default_listen,
     format_size,
     parse_listen,
     parse_metrics,
     parse_size,
 )
+from nbdram.config_remote import parse_swap
 from nbdram.errors import UsageError
 from nbdram.memory.available import cgroup_limits, default_budget
 from nbdram.observe import logs
@@ -50,8 +50,9 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser.add_argument(
         "--swap",
         action="append",
-        metavar="disk:PATH[,max=SIZE]",
-        help="a directory for cold data, encrypted, when compressed RAM is not enough; may be given several times",
+        metavar="disk:PATH[,max=SIZE]|redis://HOST:PORT[,HOST:PORT...][/?max=SIZE...]",
+        help="a directory, or a Redis or Valkey cluster (rediss: with TLS), for cold data, encrypted, when compressed "
+        "RAM is not enough; may be given several times, and is used in this order",
     )
     parser.add_argument(
         "--state-dir",
@@ -92,6 +93,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def run(arguments: argparse.Namespace) -> int:
     logs.set_up(arguments.log_format, verbose=arguments.verbose)
     exports = tuple(ExportSettings.parse(text) for text in arguments.export or ())
+    swap, remote, remote_first = parse_swap(arguments.swap or ())
     listen = tuple(parse_listen(text) for text in arguments.listen or ())
     settings = ServeSettings(
         exports=exports,
@@ -99,7 +101,9 @@ def run(arguments: argparse.Namespace) -> int:
         memory=_memory(arguments.memory),
         follow_pressure=arguments.memory == "auto",
         allow_plaintext=arguments.allow_plaintext,
-        swap=tuple(SwapSettings.parse(text) for text in arguments.swap or ()),
+        swap=swap,
+        remote=remote,
+        remote_first=remote_first,
         write_wait_s=arguments.write_wait,
         control=arguments.control,
         metrics=DEFAULT_METRICS if arguments.metrics is None else parse_metrics(arguments.metrics),

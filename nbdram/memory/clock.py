@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 _SLICE: Final = 1 << 16
 
 _AGED = bytes.maketrans(
-    bytes((Reference.TOUCHED, Reference.COLD_TOUCHED, Reference.FAR_TOUCHED)),
-    bytes((Reference.IDLE, Reference.COLD, Reference.FAR)),
+    bytes((Reference.TOUCHED, Reference.COLD_TOUCHED, Reference.FAR_TOUCHED, Reference.REMOTE_TOUCHED)),
+    bytes((Reference.IDLE, Reference.COLD, Reference.FAR, Reference.REMOTE)),
 )
 _FREED = bytes.maketrans(bytes((Reference.STUCK,)), bytes((Reference.IDLE,)))
 
@@ -62,7 +62,7 @@ class Clock:
             # What is being compressed keeps its mark of a touch: reclaim looks for it when the image is there.
             touched = [cluster for cluster in device.reclaiming if references[cluster] == Reference.TOUCHED]
             aged = references[start:stop].translate(_AGED)
-            if device.disk and device.disk.has_any_room():  # what would not compress had to stay while it was full
+            if device.has_far_room():  # what would not compress had to stay while there was none
                 aged = aged.translate(_FREED)
             references[start:stop] = aged
             for cluster in touched:

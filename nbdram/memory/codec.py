@@ -37,6 +37,10 @@ class IntegrityError(OSError):
         super().__init__(errno.EIO, what)
 
 
+class MissingImage(IntegrityError):
+    """A cold image is not there any more."""
+
+
 class Codec:
     """Encodes clusters to images and back. `block_bytes` divides the cluster size."""
 

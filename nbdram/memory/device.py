@@ -12,7 +12,7 @@ from typing import Final
 
 from nbdram.memory.backing import OpenFile
 from nbdram.memory.budget import Budget
-from nbdram.memory.codec import Codec, IntegrityError
+from nbdram.memory.codec import Codec, IntegrityError, MissingImage
 from nbdram.memory.histogram import Histogram
 from nbdram.memory.layout import (
     CLUSTER,
@@ -46,7 +46,7 @@ Images = dict[int, FarImage]  # by cluster
 
 
 class FarPage(OSError):
-    """What is needed is on disk, and must be fetched first."""
+    """What is needed is on disk or in a remote, and must be fetched first."""
 
     def __init__(self, cluster: int) -> None:
         super().__init__(errno.EAGAIN, "an image must be read from disk")
@@ -71,11 +71,13 @@ class Device(Space):
         self.ram_faults = 0  # READs answered out of an image in RAM
         self.refaults = 0  # pages that became resident again after they had been reclaimed
         self.disk_faults = 0  # images that had to be read from disk
+        self.remote_faults = 0  # images that had to be fetched from the remote
+        self.missing_images = 0  # that the remote did not have any more
         self.ram_fault_times = Recent()
         self.ram_fault_seconds = Histogram()
 
     def read(self, offset: int, length: int) -> bytes:
-        """The plain twin of the hot loop's READ; blocks for what is on disk."""
+        """The plain twin of the hot loop's READ; blocks for what is not in RAM."""
         if not length:
             return b""
         images: Images = {}
@@ -158,6 +160,7 @@ class Device(Space):
     def note_damage(self, cluster: int, error: IntegrityError) -> None:
         """Count a damaged image, and log the first time; whoever needs it gets EIO, the rest of the device goes on."""
         self.integrity_errors += 1
+        self.missing_images += isinstance(error, MissingImage)
         if cluster not in self._damaged:
             self._damaged.add(cluster)
             log.error("%s: the data at offset %d is lost: %s", self.name, cluster << CLUSTER_SHIFT, error.strerror)
@@ -172,8 +175,7 @@ class Device(Space):
         slot, length = word >> SLOT_SHIFT & 1, word >> LENGTH_SHIFT & LENGTH_MASK
         if word >> TIER_SHIFT & TIER_MASK == Tier.RAM:
             return bytes(self.ram.load(cluster, slot, length))
-        assert self.disk
-        return self.disk.load(cluster, slot, length)
+        return self.far_tier(word).load(cluster, slot, length)
 
     def _fault(self, cluster: int, start: int, end: int, image: bytes | None = None) -> None:
         """Copy the missing pages [start, end) of a cluster out of its image to `hot`, clean.
@@ -233,7 +235,7 @@ class Device(Space):
                 content = self.read_cold(cluster, base + first, base + last)
                 assert content
                 buffers = content
-            elif tier == Tier.DISK:
+            elif tier != Tier.HOLE:
                 buffers = self._read_far(cluster, word, base + first, base + last, images or {})
             pieces.append((base + first, base + last, buffers))
         return pieces
@@ -246,18 +248,18 @@ class Device(Space):
         if self.budget.free_pages > self.budget.wake_below:
             self._fault(cluster, start & ~(PAGE - 1), -(-end // PAGE) * PAGE, image.content)
             return [self.hot_view[start:end]]
-        if self.references[cluster] == Reference.FAR:
-            self.references[cluster] = Reference.FAR_TOUCHED
+        if self.references[cluster] in (Reference.FAR, Reference.REMOTE):
+            self.references[cluster] += 1  # touched
         base = cluster << CLUSTER_SHIFT
         return self.decode(cluster, word, start - base, end - base, image.content)
 
     def far_clusters(self, offset: int, end: int) -> list[int]:
-        """The clusters of which [offset, end) needs pages that are only on disk."""
+        """The clusters of which [offset, end) needs pages that are only on disk or in a remote."""
         found = []
         for cluster in range(offset >> CLUSTER_SHIFT, ((end - 1) >> CLUSTER_SHIFT) + 1):
             word = self.word(cluster)
             mask = pages_within(cluster, offset, end)
-            if word >> TIER_SHIFT & TIER_MASK == Tier.DISK and mask & ~word:
+            if word >> TIER_SHIFT & TIER_MASK > Tier.RAM and mask & ~word:
                 found.append(cluster)
         return found
 

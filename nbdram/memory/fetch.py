@@ -1,14 +1,25 @@
-"""Major faults: images that must be read from disk, in worker threads, one read per image however many wait."""
+"""Major faults: images that must be read from disk or a remote, one read per image however many wait.
+
+Disks are read in worker threads of ours; a remote has its own.
+"""
 
 import asyncio
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
 from nbdram.memory.codec import IntegrityError
 from nbdram.memory.device import Device, FarPage, Images, Piece
 from nbdram.memory.histogram import Histogram
-from nbdram.memory.layout import CLUSTER_SHIFT, TIER_MASK, TIER_SHIFT, Tier
+from nbdram.memory.layout import (
+    CLUSTER_SHIFT,
+    LENGTH_MASK,
+    LENGTH_SHIFT,
+    SLOT_SHIFT,
+    TIER_MASK,
+    TIER_SHIFT,
+    Tier,
+)
 from nbdram.memory.recent import Recent
 from nbdram.memory.space import FarImage
 
@@ -24,9 +35,12 @@ class Fetcher:
         self.fetched = 0
         self.times = Recent()
         self.seconds = Histogram()
+        self.fetched_from_remote = 0
+        self.remote_times = Recent()
+        self.remote_seconds = Histogram()
 
     async def gather(self, device: Device, start: int, end: int) -> list[Piece]:
-        """What `Device.gather` gives, with everything that is on disk fetched. OSError as the disk gave it."""
+        """What `Device.gather` gives, with what is not in RAM fetched. OSError as the disk or the remote gave it."""
         images: Images = {}
         while True:
             try:
@@ -44,12 +58,12 @@ class Fetcher:
                 device.install(page, await self.fetch(device, cluster))
 
     async def fetch(self, device: Device, cluster: int) -> FarImage:
-        """The image of a cluster, not current if it is gone from the disk by the time it was read."""
+        """The image of a cluster, not current if it is gone from there by the time it was read."""
         image = device.far_images.get(cluster)
         if image is None:
             image = FarImage()
             word = device.word(cluster)
-            if word >> TIER_SHIFT & TIER_MASK != Tier.DISK:
+            if word >> TIER_SHIFT & TIER_MASK <= Tier.RAM:
                 image.is_current = False
                 return image
             device.far_images[cluster] = image
@@ -74,16 +88,30 @@ class Fetcher:
                 image.content = reading.result()
             elif device.far_images.get(cluster) is image:  # whoever comes next reads it again
                 del device.far_images[cluster]
-            self.fetched += 1
-            device.disk_faults += 1
-            seconds = time.perf_counter() - begun
-            self.times.add(seconds)
-            self.seconds.observe(seconds)
+            self._count(device, from_remote, time.perf_counter() - begun)
 
-        loop = asyncio.get_running_loop()
-        under_way = loop.run_in_executor(self._readers, device.load_image, cluster, word)
+        from_remote = word >> TIER_SHIFT & TIER_MASK == Tier.REMOTE
+        if from_remote:
+            assert device.remote
+            slot, length = word >> SLOT_SHIFT & 1, word >> LENGTH_SHIFT & LENGTH_MASK
+            source: Future[bytes] = device.remote.fetch(cluster, slot, length)
+        else:
+            source = self._readers.submit(device.load_image, cluster, word)
+        under_way = asyncio.wrap_future(source)
         self._under_way[image] = (device, under_way)
         under_way.add_done_callback(done)
+
+    def _count(self, device: Device, from_remote: bool, seconds: float) -> None:
+        if from_remote:
+            self.fetched_from_remote += 1
+            device.remote_faults += 1
+            self.remote_times.add(seconds)
+            self.remote_seconds.observe(seconds)
+        else:
+            self.fetched += 1
+            device.disk_faults += 1
+            self.times.add(seconds)
+            self.seconds.observe(seconds)
 
     def is_reading(self, device: Device) -> bool:
         """Whether a worker looks at a device's files just now."""

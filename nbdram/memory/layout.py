@@ -8,7 +8,7 @@ The cluster word (64 bits, changed by one aligned store):
     bits 16-31  dirty      page p in `hot` is newer than the cold image
     bits 32-48  length     bytes of the cold image (0: there is none; 65536: stored raw)
     bit  49     slot       which of its two slots in the tier holds it
-    bits 50-51  tier       of the cold image: RAM, DISK
+    bits 50-52  tier       of the cold image: RAM, DISK, REMOTE
 
 Word 0 is a hole: it reads as zeros and costs nothing. A page that is not resident is zero if the cluster has no
 cold image, else it is in the image.
@@ -38,7 +38,7 @@ LENGTH_SHIFT: Final = 32
 LENGTH_MASK: Final = 0x1FFFF
 SLOT_SHIFT: Final = 49
 TIER_SHIFT: Final = 50
-TIER_MASK: Final = 3
+TIER_MASK: Final = 7
 
 
 class Tier(IntEnum):
@@ -48,6 +48,7 @@ class Tier(IntEnum):
     RESIDENT = 1
     RAM = 2
     DISK = 3
+    REMOTE = 4
 
 
 class Reference(IntEnum):
@@ -61,9 +62,13 @@ class Reference(IntEnum):
     COLD_TOUCHED = 5
     FAR = 6  # no page is resident, the image is on disk
     FAR_TOUCHED = 7
+    REMOTE = 8  # no page is resident, the image is in the memory of other machines
+    REMOTE_TOUCHED = 9
 
 
 TOUCHED: Final = int(Reference.TOUCHED)
+# The reference byte of an idle cluster without resident pages, by the tier of its image.
+COLD_REFERENCE: Final = {Tier.RAM: Reference.COLD, Tier.DISK: Reference.FAR, Tier.REMOTE: Reference.REMOTE}
 
 MAX_DEVICE_BYTES: Final = 64 << 40
 

@@ -7,16 +7,17 @@ Runs on the event loop in small steps; only compression itself is done by worker
    if that happened by the time the image is there, or the word changed, the image is thrown away.
 2. Order: image stored in the free slot, word changed, `hot` punched, old slot dropped.
 3. Clusters that hold no byte newer than their image need no compression: they are just punched.
-4. Clusters of zeros become holes. Clusters that hardly compress go to disk as they are; without one they are left
-   alone until they are touched again.
+4. Clusters of zeros become holes. Clusters that hardly compress go to disk, or to a remote, as they are; without
+   either they are left alone until they are touched again.
 5. When images take more than their share of the budget, or nothing is left to compress, those that were not read
-   lately move on to disk, by the same rules: stored, then the word, then the old slot dropped.
+   lately move on to disk or a remote, by the same rules: stored, then the word, then the old slot dropped. Images are
+   sent there together: a batch takes one round trip, and the next one is made meanwhile.
 """
 
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
@@ -39,21 +40,23 @@ from nbdram.memory.layout import (
     cold_word,
     page_runs,
 )
+from nbdram.memory.space import cold_reference
 
 log = logging.getLogger("nbdram.reclaim")
 
 BATCH: Final = 16
 _BATCHES_AT_WORK: Final = 2
+_BATCHES_TO_FAR: Final = 4  # of images on their way down
 _MEASURE_S: Final = 0.25
 _VERDICT_S: Final = 0.25  # how long "there is nothing left" is believed
 # After this many rounds of the clocks' hands without a gain there is nothing left to reclaim: for either kind of
 # victim, one round ages what was touched, and one takes it.
 _HOPELESS_ROUNDS: Final = 5
-# Where there is a disk, images in RAM may take this share of the budget.
+# Where there is a disk or a remote, images in RAM may take this share of the budget.
 _IMAGE_SHARE: Final = 0.5
 
 _ZEROS: Final = 0  # the image of a cluster of zeros
-_STUCK: Final = -1  # there is none: it would not compress, or the disk is full
+_STUCK: Final = -1  # there is none: it would not compress, or there is no room
 
 
 class ReclaimCounters:
@@ -74,6 +77,7 @@ class _Job:
     cluster: int
     word: int
     image: int = _STUCK  # the word that describes the image that was stored
+    storing: "Future[None] | None" = None  # below RAM; until it is done, `image` is a hope
 
 
 class Reclaimer:
@@ -90,7 +94,7 @@ class Reclaimer:
         self._complained = False
         self._gains = 0  # clusters that were reclaimed
         self._tasks: list[asyncio.Task[None]] = []
-        self._at_work: set[asyncio.Future[list[_Job]]] = set()
+        self._at_work: set[asyncio.Task[list[_Job]]] = set()
 
     def start(self) -> None:
         self._measure()
@@ -138,10 +142,12 @@ class Reclaimer:
         rounds, seen = 0, self._gains
         while budget.free_pages < budget.stop_above:
             # After a fruitless round, try the other kind of victim.
-            jobs, came_round = self._pick(images=self._images_above_share() != bool(rounds & 1))
+            images = self._images_above_share() != bool(rounds & 1)
+            jobs, came_round = self._pick(images=images)
             if jobs:
-                self._submit(jobs)
-            while len(self._at_work) >= (1 if came_round else _BATCHES_AT_WORK):
+                self._at_work.add(asyncio.create_task(self._work(jobs)))
+            most = _BATCHES_TO_FAR if images else _BATCHES_AT_WORK
+            while len(self._at_work) >= (1 if came_round else most):
                 await self._collect()
             if self._gains != seen:
                 rounds, seen = 0, self._gains
@@ -156,7 +162,7 @@ class Reclaimer:
 
     def _images_above_share(self) -> bool:
         devices = self._devices()
-        images = sum(device.cold_pages for device in devices if device.disk)
+        images = sum(device.cold_pages for device in devices if device.far_tiers())
         usable = self._budget.limit_pages - self._budget.overhead_pages
         return images > usable * _IMAGE_SHARE
 
@@ -171,7 +177,7 @@ class Reclaimer:
                     continue
                 word = device.words[cluster]
                 if word >> DIRTY_SHIFT & RESIDENT or not word & RESIDENT:
-                    if not word & RESIDENT and not (device.disk and device.disk.has_room(cluster)):
+                    if not word & RESIDENT and not device.has_far_room(cluster):
                         continue
                     jobs.append(_Job(device, cluster, word))
                     device.reclaiming.add(cluster)
@@ -183,9 +189,16 @@ class Reclaimer:
                 return jobs, came_round
         return jobs, False
 
-    def _submit(self, jobs: list[_Job]) -> None:
-        loop = asyncio.get_running_loop()
-        self._at_work.add(loop.run_in_executor(self._workers, _store, jobs))
+    async def _work(self, jobs: list[_Job]) -> list[_Job]:
+        """Have a batch stored. Those that would not be stay where they are."""
+        await asyncio.get_running_loop().run_in_executor(self._workers, _store, jobs)
+        for job in jobs:
+            if job.storing:
+                try:
+                    await asyncio.wrap_future(job.storing)
+                except OSError as error:
+                    job.image = _not_stored(job, error)
+        return jobs
 
     async def _collect(self) -> None:
         done, self._at_work = await asyncio.wait(self._at_work, return_when=asyncio.FIRST_COMPLETED)
@@ -197,7 +210,7 @@ class Reclaimer:
         """Let the image take the cluster's place, if nobody has touched it meanwhile (rule 1)."""
         device, cluster = job.device, job.cluster
         device.reclaiming.discard(cluster)
-        idle = Reference.IDLE if job.word & RESIDENT else Reference.COLD
+        idle = Reference.IDLE if job.word & RESIDENT else cold_reference(job.word)
         unchanged = device.references[cluster] == idle and device.words[cluster] == job.word
         if not unchanged or any(i.covers(cluster) for i in device.incoming):
             self.counters.thrown_away += 1
@@ -226,9 +239,14 @@ def _store(jobs: list[_Job]) -> list[_Job]:
     for job in jobs:
         try:
             job.image = _store_image(job) if job.word & RESIDENT else _demote(job)
-        except OSError as error:  # a full disk, or a damaged old image: all stays where it is
-            log.debug("%s: cluster %d can't be reclaimed: %s", job.device.name, job.cluster, error)
+        except OSError as error:  # no room, or a damaged old image: all stays where it is
+            job.image = _not_stored(job, error)
     return jobs
+
+
+def _not_stored(job: _Job, error: OSError) -> int:
+    log.debug("%s: cluster %d can't be reclaimed: %s", job.device.name, job.cluster, error)
+    return _STUCK
 
 
 def _store_image(job: _Job) -> int:
@@ -243,22 +261,22 @@ def _store_image(job: _Job) -> int:
         slot = _free_slot(job.word, Tier.RAM)
         device.ram.store(cluster, slot, image)
         return cold_word(length, slot, Tier.RAM)
-    if device.disk and device.disk.has_room(cluster):
-        return _store_on_disk(job, bytes(content))
-    return _STUCK
+    return _store_below(job, bytes(content))
 
 
 def _demote(job: _Job) -> int:
-    """Move an image on from RAM to disk."""
-    return _store_on_disk(job, job.device.load_image(job.cluster, job.word))
+    """Move an image on from RAM."""
+    return _store_below(job, job.device.load_image(job.cluster, job.word))
 
 
-def _store_on_disk(job: _Job, image: bytes) -> int:
-    disk = job.device.disk
-    assert disk
-    slot = _free_slot(job.word, Tier.DISK)
-    disk.writer.submit(disk.store, job.cluster, slot, image).result()
-    return cold_word(len(image), slot, Tier.DISK)
+def _store_below(job: _Job, image: bytes) -> int:
+    """Have an image stored in the first tier below RAM that has room; the word of it, or _STUCK."""
+    for tier in job.device.far_tiers():
+        if tier.has_room(job.cluster):
+            slot = _free_slot(job.word, tier.tier)
+            job.storing = tier.submit(job.cluster, slot, image)
+            return cold_word(len(image), slot, tier.tier)
+    return _STUCK
 
 
 def _free_slot(word: int, tier: Tier) -> int:

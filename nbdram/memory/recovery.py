@@ -23,6 +23,7 @@ from nbdram.memory.backing import allocated_bytes
 from nbdram.memory.layout import (
     CLUSTER,
     CLUSTER_SHIFT,
+    COLD_REFERENCE,
     LENGTH_MASK,
     LENGTH_SHIFT,
     PAGE,
@@ -36,8 +37,9 @@ from nbdram.memory.layout import (
     page_runs,
     pages_within,
 )
-from nbdram.memory.tiers.disk import SEAL_BYTES, SLOT_BYTES, punch_hole
+from nbdram.memory.tiers.disk import SLOT_BYTES, punch_hole
 from nbdram.memory.tiers.ram import image_pages
+from nbdram.memory.tiers.seal import SEAL_BYTES
 
 if TYPE_CHECKING:
     from nbdram.memory.space import Space
@@ -47,11 +49,14 @@ _EXTENTS_A_STEP: Final = 64
 
 # Byte 6 of a word is tier * 4 + slot * 2 + the highest bit of the length. What that makes the reference byte of a
 # cluster without resident pages, which tiers have an image, and which values there can be.
-_BYTE_6: Final = {tier: bytes(tier << 2 | rest for rest in range(4)) for tier in (Tier.RAM, Tier.DISK)}
+_BYTE_6: Final = {tier: bytes(tier << 2 | rest for rest in range(4)) for tier in (Tier.RAM, Tier.DISK, Tier.REMOTE)}
 _HAS_IMAGE_IN: Final = {
     tier: bytes(0xFF * (value in values) for value in range(256)) for tier, values in _BYTE_6.items()
 }
-_LEGAL_BYTE_6: Final = bytes((0, *_BYTE_6[Tier.RAM], *_BYTE_6[Tier.DISK]))
+_LEGAL_BYTE_6: Final = bytes((0, *(value for values in _BYTE_6.values() for value in values)))
+_COLD_REFERENCES: Final = bytes(
+    next((COLD_REFERENCE[tier] for tier, values in _BYTE_6.items() if value in values), 0) for value in range(256)
+)
 _NOT_ZERO: Final = bytes((0, *(0xFF for _ in range(255))))
 _HOLES: Final = bytes(WORDS_PER_PAGE)
 _HIGH_HALF: Final = bytes(value >> 4 for value in range(256))
@@ -104,6 +109,9 @@ def recount(space: "Space", index_path: str) -> None:
         clusters, pages = words.images(Tier.DISK)
         space.disk_clusters += clusters
         space.disk_pages += pages
+        clusters, pages = words.images(Tier.REMOTE)
+        space.remote_clusters += clusters
+        space.remote_pages += pages
     space.budget.free_pages -= space.resident_pages + space.cold_pages + space.index_pages
 
 
@@ -160,9 +168,8 @@ class _Words:
         resident = self._or(self._byte[0], self._byte[1]).translate(bytes((0, *(Reference.IDLE for _ in range(255)))))
         if not self._have_images:
             return resident
-        in_ram = self._byte[6].translate(bytes(value and Reference.COLD for value in _HAS_IMAGE_IN[Tier.RAM]))
-        on_disk = self._byte[6].translate(bytes(value and Reference.FAR for value in _HAS_IMAGE_IN[Tier.DISK]))
-        both = self._or(resident, self._or(in_ram, on_disk))
+        cold = self._byte[6].translate(_COLD_REFERENCES)
+        both = self._or(resident, cold)
         return both.translate(bytes(Reference.IDLE if value & Reference.IDLE else value for value in range(256)))
 
     def resident_pages(self) -> int:
@@ -242,6 +249,22 @@ def sweep(space: "Space") -> Iterator[None]:
     if space.disk:
         for number in range(len(space.disk.files)):
             yield from _sweep(space, space.disk.files[number], SLOT_BYTES, Tier.DISK, number)
+
+
+def sweep_remote(space: "Space") -> Iterator[None]:
+    """Drop images of a remote that no word points at, in steps that the caller iterates on the event loop."""
+    remote = space.remote
+    assert remote
+    remote.put_off = False
+    for found in remote.generations.pages():
+        for cluster, slot, generation in found:
+            if cluster in space.reclaiming:  # an image is being stored there
+                remote.put_off = True
+                continue
+            word = space.word(cluster)
+            if word >> TIER_SHIFT & TIER_MASK != Tier.REMOTE or word >> SLOT_SHIFT & 1 != slot:
+                remote.drop_leftover(cluster, slot, generation)
+        yield
 
 
 def _sweep(space: "Space", fd: int, slot_bytes: int, tier: Tier, number: int = 0) -> Iterator[None]:

@@ -30,6 +30,7 @@ from nbdram.memory.budget import Budget
 from nbdram.memory.layout import (
     CLUSTER,
     CLUSTER_SHIFT,
+    COLD_REFERENCE,
     DIRTY_SHIFT,
     LENGTH_MASK,
     LENGTH_SHIFT,
@@ -52,6 +53,7 @@ from nbdram.memory.tiers.ram import RamTier, image_pages
 
 if TYPE_CHECKING:
     from nbdram.memory.incoming import Incoming
+    from nbdram.memory.tiers.remote import RemoteTier
 
 # One step of a punch: freeing 2 MiB of pages holds the loop for about a tenth of a millisecond.
 _STEP_CLUSTERS: Final = 32
@@ -73,7 +75,7 @@ class Sender(Protocol):
 
 
 class FarImage:
-    """An image that is being read from disk, or was: `is_current` until its cluster gets another one, or none.
+    """An image that is being fetched, or was: `is_current` until its cluster gets another one, or none.
 
     The word does not tell: the next image may be as long as this one, and in the same slot.
     """
@@ -93,6 +95,8 @@ class Space:
         self.backing = Backing(size, open_file or anonymous(name))
         self.ram = RamTier(self.backing.cold_fd)
         self.disk: DiskTier | None = None
+        self.remote: RemoteTier | None = None
+        self.remote_first = False  # what leaves RAM goes to the remote, and on to disk
         self.hot = self.backing.hot
         self.hot_view = memoryview(self.hot)
         self.words = memoryview(self.backing.index).cast("Q")
@@ -103,6 +107,8 @@ class Space:
         self.disk_clusters = 0  # that have one on disk
         self.index_pages = 0
         self.disk_pages = 0  # of images on disk
+        self.remote_clusters = 0  # that have an image in the remote
+        self.remote_pages = 0  # of images there
         self.duplicate_pages = 0  # resident pages of clusters that have an image
         self.senders: set[Sender] = set()
         self.incoming: set[Incoming] = set()
@@ -117,6 +123,8 @@ class Space:
         self.backing.close()
         if self.disk:
             self.disk.close()
+        if self.remote:
+            self.remote.close()
         self.budget.give(self.resident_pages + self.cold_pages + self.index_pages)
         self.resident_pages = self.cold_pages = self.index_pages = 0
 
@@ -145,7 +153,7 @@ class Space:
     @property
     def stored_bytes(self) -> int:
         """What the device holds, however it is kept: resident pages, and the content of images, each page once."""
-        images = self.cold_clusters + self.disk_clusters
+        images = self.cold_clusters + self.disk_clusters + self.remote_clusters
         return (self.resident_pages - self.duplicate_pages) * PAGE + images * CLUSTER
 
     # -- what is where -----------------------------------------------------------------------------
@@ -317,21 +325,19 @@ class Space:
             self.cold_clusters -= 1
             self.budget.give(pages)
         else:
-            assert self.disk
             read = self.far_images.pop(cluster, None)
             if read:
                 read.is_current = False
-            self.disk.drop(cluster, word >> SLOT_SHIFT & 1, length)
-            self.disk_pages -= pages
-            self.disk_clusters -= 1
+            self.far_tier(word).drop(cluster, word >> SLOT_SHIFT & 1, length)
+            self._count_far(word, -1, -pages)
 
     def discard_image(self, cluster: int, image: int) -> None:
         """Give back an image that was stored, but never became the cluster's."""
         length, slot = image >> LENGTH_SHIFT & LENGTH_MASK, image >> SLOT_SHIFT & 1
         if image >> TIER_SHIFT & TIER_MASK == Tier.RAM:
             self.ram.drop(cluster, slot, length)
-        elif self.disk:
-            self.disk.drop(cluster, slot, length)
+        else:
+            self.far_tier(image).drop(cluster, slot, length)
 
     def drop_resident(self, cluster: int) -> None:
         """Let a cluster whose image has everything live from it."""
@@ -354,12 +360,36 @@ class Space:
             self.cold_clusters += 1
             self.budget.free_pages -= pages
         else:
-            self.disk_pages += pages
-            self.disk_clusters += 1
+            self._count_far(image, 1, pages)
         if old & RESIDENT:
             base = cluster << CLUSTER_SHIFT
             self.release(base, base + CLUSTER, (old & RESIDENT).bit_count())
         self.drop_image(cluster, old)
+
+    def far_tier(self, word: int) -> "DiskTier | RemoteTier":
+        """The tier that has the image of a word that is not in RAM."""
+        tier = self.disk if word >> TIER_SHIFT & TIER_MASK == Tier.DISK else self.remote
+        assert tier
+        return tier
+
+    def far_tiers(self) -> "list[DiskTier | RemoteTier]":
+        """The tiers below RAM, in the order in which images go there."""
+        tiers = (self.remote, self.disk) if self.remote_first else (self.disk, self.remote)
+        return [tier for tier in tiers if tier]
+
+    def has_far_room(self, cluster: int | None = None) -> bool:
+        """Whether it is worth trying to store an image below RAM: of a cluster, or at all."""
+        if cluster is None:
+            return any(tier.has_any_room() for tier in self.far_tiers())
+        return any(tier.has_room(cluster) for tier in self.far_tiers())
+
+    def _count_far(self, word: int, clusters: int, pages: int) -> None:
+        if word >> TIER_SHIFT & TIER_MASK == Tier.DISK:
+            self.disk_pages += pages
+            self.disk_clusters += clusters
+        else:
+            self.remote_pages += pages
+            self.remote_clusters += clusters
 
     def release(self, start: int, end: int, pages: int) -> None:
         """Give `hot` pages back to the kernel, `pages` of which were resident: the only place that does."""
@@ -444,4 +474,4 @@ def tiers_of(word: int, start: int, stop: int) -> list[Extent]:
 
 def cold_reference(word: int) -> Reference:
     """The reference byte of an idle cluster without resident pages."""
-    return Reference.COLD if word >> TIER_SHIFT & TIER_MASK == Tier.RAM else Reference.FAR
+    return COLD_REFERENCE[Tier(word >> TIER_SHIFT & TIER_MASK)]

@@ -2,6 +2,7 @@
 
     manifest.json                        what is here; written to a second file that then takes its name
     UUID.hot, UUID.cold, UUID.index      the memory files of each device, in the geometry of `backing.py`
+    UUID.remote                          which images it has in a remote, if it ever had any (`tiers/generations.py`)
 
 Killing the process loses nothing that is in these files: the kernel has it. Rules:
 
@@ -32,11 +33,15 @@ from nbdram.errors import NbdramError
 from nbdram.memory.backing import OpenFile, file_lengths
 from nbdram.memory.layout import CLUSTER, MAX_DEVICE_BYTES, PAGE
 from nbdram.memory.locking import lock_patiently
-from nbdram.memory.tiers.disk import SECRET_BYTES, swap_file
+from nbdram.memory.tiers.disk import swap_file
+from nbdram.memory.tiers.generations import GENERATIONS_BYTES
+from nbdram.memory.tiers.seal import SECRET_BYTES
 
 FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
 _NEW_MANIFEST: Final = "manifest.json.new"
+_REMOTE: Final = "remote"
+_KINDS: Final = (*file_lengths(0), _REMOTE)
 _GEOMETRY: Final = {"page": PAGE, "cluster": CLUSTER}
 
 T = TypeVar("T")
@@ -56,12 +61,16 @@ class StoredDevice:
 
 @dataclass
 class Manifest:
-    """What is in a directory. `swap`: the swap areas that its devices have files in, in their order."""
+    """What is in a directory.
+
+    `swap`: the swap areas that its devices have files in, in their order; `remote`: where they may have images.
+    """
 
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(SECRET_BYTES))
     swap: list[Path] = field(default_factory=list)
     devices: dict[UUID, StoredDevice] = field(default_factory=dict)
     leftovers: set[UUID] = field(default_factory=set)
+    remote: str = ""
 
     def to_json(self) -> str:
         body = {
@@ -70,6 +79,7 @@ class Manifest:
             "geometry": _GEOMETRY,
             "secret": self.secret.hex(),
             "swap": [str(path) for path in self.swap],
+            "remote": self.remote,
             "devices": [asdict(device) | {"identity": str(device.identity)} for device in self.devices.values()],
             "leftovers": sorted(map(str, self.leftovers)),
         }
@@ -101,6 +111,7 @@ class Manifest:
                 [Path(path) for path in body["swap"]],
                 {device.identity: device for device in devices},
                 {UUID(text) for text in body["leftovers"]},
+                body.get("remote", ""),
             )
         except (ValueError, KeyError, TypeError, AttributeError):
             raise NbdramError(f"{path} is damaged: put it back from a copy, or remove {path.parent}") from None
@@ -136,11 +147,8 @@ class StateDirectory:
     def room_bytes(self) -> int:
         """How much memory the file system lets our devices have: what they have already, and what is free."""
         status = os.statvfs(self._fd)
-        ours = sum(
-            self.file(identity, kind).stat().st_blocks * 512
-            for identity in self.manifest.devices
-            for kind in file_lengths(0)
-        )
+        files = [self.file(identity, kind) for identity in self.manifest.devices for kind in _KINDS]
+        ours = sum(file.stat().st_blocks * 512 for file in files if file.exists())
         return ours + status.f_bavail * status.f_frsize
 
     def _read(self, make: bool) -> tuple[Manifest, bool]:
@@ -235,7 +243,7 @@ class StateDirectory:
             return
         areas = {*self.manifest.swap, *swap}
         for identity in self.manifest.leftovers:
-            paths = [self.file(identity, kind) for kind in file_lengths(0)]
+            paths = [self.file(identity, kind) for kind in _KINDS]
             paths += [swap_file(area, identity) for area in areas]
             for path in paths:
                 _or_complain(path, partial(path.unlink, missing_ok=True))
@@ -253,6 +261,29 @@ class StateDirectory:
             for identity in self.manifest.devices:
                 with suppress(OSError):
                     swap_file(area, identity).unlink()
+
+    def open_generations(self, identity: UUID) -> int:
+        """The file of the images that a device has in a remote, made if there is none."""
+        path = self.file(identity, _REMOTE)
+        fd = _or_complain(path, lambda: os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        try:
+            _or_complain(path, lambda: os.ftruncate(fd, GENERATIONS_BYTES))
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def check_generations(self, identity: UUID) -> None:
+        """NbdramError if the file of images in a remote, which is needed, is not whole."""
+        path = self.file(identity, _REMOTE)
+        if not path.exists() or path.stat().st_size < GENERATIONS_BYTES:
+            raise NbdramError(f"{path} is missing or too short, and there is data in a remote: put it back")
+
+    def use_remote(self, url: str) -> None:
+        """From now on devices may have images there."""
+        if url != self.manifest.remote:
+            self.manifest.remote = url
+            self.save()
 
     def remove(self) -> None:
         """Free everything: all devices, the manifest, and the directory if nothing else is in it."""

@@ -7,6 +7,7 @@ in its manifest from when it is complete until it is removed; see `memory/stated
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
 from nbdram.config import ExportSettings, format_size
@@ -21,6 +22,9 @@ from nbdram.memory.tiers.disk import DiskTier, SwapArea, swap_file
 from nbdram.protocol.handshake import ExportInfo
 from nbdram.protocol.wire import TransmissionFlag as Flag
 from nbdram.server.counters import ExportCounters
+
+if TYPE_CHECKING:
+    from nbdram.memory.tiers.remote import Remote
 
 log = logging.getLogger("nbdram.exports")
 
@@ -74,10 +78,21 @@ class Export:
 class Exports:
     """All exports of a server, in the order in which they were made; a handshake's Catalogue."""
 
-    def __init__(self, budget: Budget, areas: Sequence[SwapArea] = (), state: StateDirectory | None = None) -> None:
+    def __init__(
+        self,
+        budget: Budget,
+        areas: Sequence[SwapArea] = (),
+        state: StateDirectory | None = None,
+        remote: "Remote | None" = None,
+        *,
+        remote_first: bool = False,
+    ) -> None:
+        """`remote_first`: what leaves RAM goes there, and on to the swap areas."""
         self.budget = budget
         self._areas = list(areas)
         self._state = state
+        self._remote = remote
+        self._remote_first = remote_first
         self._disk_writer = ThreadPoolExecutor(1, thread_name_prefix="nbdram-disk")
         self._by_name: dict[str, Export] = {}
 
@@ -100,10 +115,13 @@ class Exports:
             )
             recount(device, str(state.file(stored.identity, "index")))
         self._match_swap(state)
+        self._match_remote(state)
         for export in self:
             punch_stray_pages(export.device)
-            self._attach_disk(export.device, export.identity)
+            self._attach_tiers(export.device, export.identity)
         state.use_swap([area.path.resolve() for area in self._areas])
+        if self._remote:
+            state.use_remote(str(self._remote.settings))
         state.sweep()
 
     def _match_swap(self, state: StateDirectory) -> None:
@@ -122,6 +140,24 @@ class Exports:
                 if not file.exists():
                     raise NbdramError(f"{file} is missing, and {export.name!r} has data in it: put it back")
 
+    def _match_remote(self, state: StateDirectory) -> None:
+        """A remote that images are in must be there, and the one that has them."""
+        for export in self:
+            if not export.device.remote_clusters:
+                continue
+            state.check_generations(export.identity)
+            where = state.manifest.remote
+            if not self._remote:
+                raise NbdramError(f"{state.path} has data in a remote: start the server with --swap {where}")
+            try:
+                known = self._remote.knows(export.identity)
+            except OSError as error:
+                raise NbdramError(f"can't use {self._remote.settings} for swap: {error.strerror}") from error
+            if not known:
+                raise NbdramError(
+                    f"{self._remote.settings} has nothing of {export.name!r}: its data was put in {where}"
+                )
+
     def create(
         self, name: str, size: int, *, read_only: bool = False, description: str = "", dense: bool = False
     ) -> Export:
@@ -137,7 +173,7 @@ class Exports:
         device: Device | None = None
         try:
             device = Device(name, size, self.budget, _codec(dense), opener)
-            self._attach_disk(device, identity)
+            self._attach_tiers(device, identity)
             export = Export(name, device, identity, read_only=read_only, description=description, dense=dense)
             if state:
                 state.put(export.stored())
@@ -151,9 +187,18 @@ class Exports:
         self._by_name[name] = export
         return export
 
-    def _attach_disk(self, device: Device, identity: UUID) -> None:
+    def _attach_tiers(self, device: Device, identity: UUID) -> None:
+        kept = self._state is not None
         if self._areas:
-            device.disk = DiskTier(self._areas, self._disk_writer, identity, kept=self._state is not None)
+            device.disk = DiskTier(self._areas, self._disk_writer, identity, kept=kept)
+        if self._remote:
+            from nbdram.memory.tiers.remote import RemoteTier, anonymous_generations
+
+            state = self._state
+            file = state.open_generations(identity) if state else anonymous_generations(device.name)
+            device.remote = RemoteTier(self._remote, identity, file, device.name, kept=kept)
+            device.remote_first = self._remote_first
+            self._remote.use(device.remote_pages)
 
     def _check_swap_files(self, size: int) -> None:
         for area in self._areas:
@@ -213,7 +258,7 @@ class Exports:
 
     def dispose(self, export: Export) -> None:
         """Give back all that a detached export has. BufferError if somebody still looks at its memory."""
-        export.device.close()
+        self._close(export.device, forget=True)
         if self._state:
             self._state.sweep()
 
@@ -252,8 +297,17 @@ class Exports:
         """Give the memory of all exports back; what is in a state directory stays there."""
         self._disk_writer.shutdown()
         for export in self:
-            export.device.close()
+            self._close(export.device, forget=self._state is None)
         self._by_name.clear()
+
+    def _close(self, device: Device, *, forget: bool) -> None:
+        """Close a device; what it has in a remote stays there unless nobody could ever read it again."""
+        tier = device.remote
+        if forget:
+            device.remote = None
+        device.close()
+        if forget and tier and self._remote:
+            self._remote.forget(tier)
 
 
 def _codec(dense: bool) -> Codec | None:

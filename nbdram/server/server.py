@@ -10,7 +10,7 @@ import signal
 import socket
 import time
 from contextlib import suppress
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from nbdram.config import (
     DEFAULT_EXPORT_NAME,
@@ -26,7 +26,7 @@ from nbdram.memory.budget import Budget
 from nbdram.memory.layout import PAGE
 from nbdram.memory.pressure import INTERVAL_S, AutoBudget, pressure_file
 from nbdram.memory.reclaim import Reclaimer
-from nbdram.memory.recovery import sweep
+from nbdram.memory.recovery import sweep, sweep_remote
 from nbdram.memory.statedir import StateDirectory
 from nbdram.memory.tiers.disk import SwapArea, filesystem
 from nbdram.observe import snapshot
@@ -40,10 +40,14 @@ from nbdram.server.connection import MAX_CONNECTIONS, Connection, Service
 from nbdram.server.exports import Exports
 from nbdram.server.listeners import open_listeners, unlink_if_ours
 
+if TYPE_CHECKING:
+    from nbdram.memory.tiers.remote import Remote
+
 log = logging.getLogger("nbdram.server")
 
 DRAIN_TIMEOUT_S: Final = 5.0
 _BACKLOG: Final = 512
+_SWEEP_REMOTE_S: Final = 1.0
 _SPARE_FILES: Final = 16  # for those who look at the server
 # What a state directory's file system keeps free besides the budget, for what reclaim stores before it gives back.
 _HEADROOM_BYTES: Final = 16 << 20
@@ -57,13 +61,18 @@ class Server:
         self.settings = settings
         budget = Budget(settings.memory)
         self.state = StateDirectory(settings.state_dir) if settings.state_dir else None
+        self.areas: list[SwapArea] = []
+        self.remote: Remote | None = None
         try:
             self.areas = _swap_areas(settings, self.state)
+            self.remote = _remote(settings, self.state)
         except BaseException:
+            for area in self.areas:
+                area.close()
             if self.state:
                 self.state.close()
             raise
-        self.exports: Exports = Exports(budget, self.areas, self.state)
+        self.exports: Exports = Exports(budget, self.areas, self.state, self.remote, remote_first=settings.remote_first)
         self.reclaimer: Reclaimer = Reclaimer(budget, self.exports.devices)
         self.service: Service = Service(self.exports)
         self.service.write_wait_s = settings.write_wait_s
@@ -78,6 +87,7 @@ class Server:
         self.auto_budget: AutoBudget | None = None
         self._pressure: asyncio.Task[None] | None = None
         self._sweeper: asyncio.Task[None] | None = None
+        self._remote_sweeper: asyncio.Task[None] | None = None
         self._socket_files: list[tuple[str, int]] = []
 
     async def start(self) -> None:
@@ -91,6 +101,8 @@ class Server:
                 self.exports.configure(export)
             self.reclaimer.start()
             self._sweeper = asyncio.create_task(self._sweep())
+            if self.remote:
+                self._remote_sweeper = asyncio.create_task(self._sweep_remote(self.remote))
             for endpoint in self.settings.listen:
                 await self._listen(endpoint)
             self._control = self._open_control()
@@ -136,6 +148,18 @@ class Server:
             steps = sweep(export.device)
             while self.exports.get(export.name) is export and next(steps, steps) is not steps:
                 await asyncio.sleep(0)
+
+    async def _sweep_remote(self, remote: "Remote") -> None:
+        """Drop what could not be dropped from the remote at once, and what killed servers have left there."""
+        while True:
+            await asyncio.sleep(_SWEEP_REMOTE_S)
+            for export in list(self.exports):
+                tier = export.device.remote
+                if tier is None or not tier.put_off or remote.failing:
+                    continue
+                steps = sweep_remote(export.device)
+                while self.exports.get(export.name) is export and next(steps, steps) is not steps:
+                    await asyncio.sleep(0 if remote.can_drop() else 0.01)
 
     async def _listen(self, endpoint: Endpoint) -> None:
         loop = asyncio.get_running_loop()
@@ -211,8 +235,9 @@ class Server:
             connection.abort()
         await asyncio.sleep(0)
         await self.reclaimer.stop()
-        if self._sweeper:
-            self._sweeper.cancel()
+        for sweeper in (self._sweeper, self._remote_sweeper):
+            if sweeper:
+                sweeper.cancel()
         self.service.fetcher.close()  # nobody reads from the disks any more
         with suppress(BufferError):  # a view that a dying connection still holds goes with the process
             self.exports.close()
@@ -223,9 +248,11 @@ class Server:
             self.web = None
         for area in self.areas:
             area.close()
+        if self.remote:
+            self.remote.close()
         if self.state:
             self.state.close()
-        self.areas, self.state = [], None
+        self.areas, self.state, self.remote = [], None, None
 
 
 async def serve(settings: ServeSettings) -> None:
@@ -252,6 +279,14 @@ def _swap_areas(settings: ServeSettings, state: StateDirectory | None) -> list[S
             area.close()
         raise
     return areas
+
+
+def _remote(settings: ServeSettings, state: StateDirectory | None) -> "Remote | None":
+    if settings.remote is None:
+        return None
+    from nbdram.memory.tiers.remote import Remote  # the library costs memory, and start-up time
+
+    return Remote(settings.remote, state.manifest.secret if state else None)
 
 
 def _on_signals(stopping: asyncio.Event) -> None:

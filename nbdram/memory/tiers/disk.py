@@ -4,13 +4,7 @@ One directory is one swap area, shared by all devices of a server and locked by 
 that is never larger than what is stored in it, and holds nothing readable: every image is sealed with AES-GCM.
 The file has no name, so that nothing is left behind; with a state directory it is called after the device.
 
-    slot: salt (16 bytes), nonce (12 bytes), then the sealed image with its tag (16 bytes)
-
-The key of an image is derived from a secret, which exists only in this process or in the state directory, and a
-salt, which is drawn anew at each start. Nonces count up from 1 under each such key. So they never repeat, and that
-rests on no number that must be kept from one start to the next (an old copy of the state directory would bring an
-old number back), and no keys need to be kept for images of earlier starts: their salts are on disk with them.
-
+How images are sealed is told in `seal.py`.
 The cluster, the slot and the device are authenticated with the image, so that images can't be exchanged.
 All calls block, and may be made from worker threads; stores and drops come from a single one, in order.
 """
@@ -19,35 +13,23 @@ import ctypes
 import errno
 import logging
 import os
-import secrets
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 from uuid import UUID
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-
 from nbdram.errors import NbdramError
 from nbdram.memory.backing import allocated_bytes
-from nbdram.memory.codec import IntegrityError
-from nbdram.memory.layout import CLUSTER, PAGE, round_up
+from nbdram.memory.layout import CLUSTER, PAGE, Tier, round_up
 from nbdram.memory.locking import lock_patiently
+from nbdram.memory.tiers.seal import SEAL_BYTES, Seal
 
 log = logging.getLogger("nbdram.disk")
 
-_NONCE_BYTES: Final = 12
-_SALT_BYTES: Final = 16
-_HEAD_BYTES: Final = _SALT_BYTES + _NONCE_BYTES
-SEAL_BYTES: Final = _HEAD_BYTES + 16
-SECRET_BYTES: Final = 32
 SLOT_BYTES: Final = CLUSTER + PAGE
 _RETRY_S: Final = 1.0  # a disk that has refused a write is asked again after this, or when something was dropped
-_KEYS_KEPT: Final = 64
 _FALLOC_FL_KEEP_SIZE: Final = 1
 _FALLOC_FL_PUNCH_HOLE: Final = 2
 
@@ -75,10 +57,7 @@ class SwapArea:
         self.used_bytes = 0
         self.failing = False  # it has refused the last write
         self._retry_at = 0.0
-        self._secret = secret or secrets.token_bytes(SECRET_BYTES)
-        self._salt = secrets.token_bytes(_SALT_BYTES)
-        self._sealed = 0
-        self._keys: dict[bytes, AESGCM] = {}
+        self._seal = Seal(secret, b"nbdram swap", "on disk")
         try:
             path.mkdir(mode=0o700, exist_ok=True)
             self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -161,29 +140,16 @@ class SwapArea:
         self._retry_at = 0.0
 
     def seal(self, image: bytes, identity: bytes) -> bytes:
-        self._sealed += 1
-        nonce = self._sealed.to_bytes(_NONCE_BYTES, "big")
-        return self._salt + nonce + self._key(self._salt).encrypt(nonce, image, identity)
+        return self._seal.seal(image, identity)
 
     def open_sealed(self, sealed: bytes, identity: bytes) -> bytes:
-        try:
-            key = self._key(sealed[:_SALT_BYTES])
-            return key.decrypt(sealed[_SALT_BYTES:_HEAD_BYTES], sealed[_HEAD_BYTES:], identity)
-        except (InvalidTag, ValueError):
-            raise IntegrityError("an image on disk is not what was stored") from None
-
-    def _key(self, salt: bytes) -> AESGCM:
-        key = self._keys.get(salt)
-        if key is None:
-            if len(self._keys) >= _KEYS_KEPT:  # damaged images may have any salt
-                self._keys.clear()
-            derived = HKDF(hashes.SHA256(), 32, salt, b"nbdram swap").derive(self._secret)
-            key = self._keys[salt] = AESGCM(derived)
-        return key
+        return self._seal.open(sealed, identity)
 
 
 class DiskTier:
     """The images of one device, spread over the server's swap areas by cluster."""
+
+    tier: Final = Tier.DISK
 
     def __init__(self, areas: list[SwapArea], writer: ThreadPoolExecutor, identity: UUID, *, kept: bool) -> None:
         """`kept`: files that have names, and what is in them from before."""
@@ -227,6 +193,10 @@ class DiskTier:
             raise
         area.written()
         area.used_bytes += round_up(len(sealed), PAGE)
+
+    def submit(self, cluster: int, slot: int, image: bytes) -> "Future[None]":
+        """Store an image in its turn; OSError as `store` gives it."""
+        return self.writer.submit(self.store, cluster, slot, image)
 
     def load(self, cluster: int, slot: int, length: int) -> bytes:
         """An image of `length` bytes; OSError if the disk fails twice, IntegrityError if it is not what was stored."""

@@ -1,17 +1,21 @@
 """The tiers as the contract suite sees them: under a device, and with a way to damage what they hold."""
 
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from nbdram.memory.budget import Budget
 from nbdram.memory.device import Device
 from nbdram.memory.layout import Tier
 from nbdram.memory.tiers.disk import SwapArea
+from nbdram.memory.tiers.remote import Remote
+from nbdram.memory.tiers.seal import SEAL_BYTES
 from nbdram.server.exports import Exports
 from tests.helpers import GIB, MIB, PAGE
+from tests.memory.tiers.redis_cluster import Cluster, until
 
 
 class Rig(Protocol):
@@ -90,8 +94,52 @@ class DiskRig:
         _flip(files[0 if device is self.first else 1], (2 * cluster + slot) * (65536 + PAGE) + 1000)
 
 
+class RemoteRig:
+    tier = Tier.REMOTE
+
+    def __init__(self, exports: Exports, remote: Remote, servers: Cluster) -> None:
+        self.remote = remote
+        self.servers = servers
+        self.first = exports.create("first", GIB).device
+        self.second = exports.create("second", GIB).device
+
+    def store(self, device: Device, cluster: int, slot: int, image: bytes) -> None:
+        assert device.remote
+        device.remote.store(cluster, slot, image)
+
+    def load(self, device: Device, cluster: int, slot: int, length: int) -> bytes:
+        assert device.remote
+        return device.remote.load(cluster, slot, length)
+
+    def drop(self, device: Device, cluster: int, slot: int, length: int) -> None:
+        assert device.remote
+        device.remote.drop(cluster, slot, length)
+        self.settle()
+
+    def settle(self) -> None:
+        """Until nothing is to be dropped any more."""
+        until(lambda: not self.remote.drops_waiting, "images are not dropped")
+
+    def used_bytes(self) -> int:
+        lengths = [self.servers.owner(key).call("STRLEN", key) for key in self.servers.keys("nbdram:image:*")]
+        assert self.remote.used_bytes == sum(-(-(length - SEAL_BYTES) // PAGE) * PAGE for length in lengths)
+        return sum(lengths)
+
+    def key(self, device: Device, cluster: int) -> bytes:
+        """Of the only image of a cluster."""
+        assert device.remote
+        (key,) = self.servers.keys(f"nbdram:image:{device.remote.identity.hex}:{cluster:x}:*")
+        return key
+
+    def flip_a_bit(self, device: Device, cluster: int, slot: int) -> None:
+        key = self.key(device, cluster)
+        node = self.servers.owner(key)
+        byte = node.call("GETRANGE", key, 1000, 1000)
+        node.call("SETRANGE", key, 1000, bytes((byte[0] ^ 1,)))
+
+
 @contextmanager
-def ram_rig(_: Path) -> Iterator[Rig]:
+def ram_rig(_: Path, __: None) -> Iterator[Rig]:
     exports = Exports(Budget(64 * MIB))
     try:
         yield RamRig(exports)
@@ -100,7 +148,7 @@ def ram_rig(_: Path) -> Iterator[Rig]:
 
 
 @contextmanager
-def disk_rig(directory: Path) -> Iterator[Rig]:
+def disk_rig(directory: Path, _: None) -> Iterator[Rig]:
     with ExitStack() as stack:
         area = SwapArea(directory / "swap", 0)
         stack.callback(area.close)
@@ -109,7 +157,18 @@ def disk_rig(directory: Path) -> Iterator[Rig]:
         yield DiskRig(exports, area)
 
 
-RIGS = {"ram": ram_rig, "disk": disk_rig}
+@contextmanager
+def remote_rig(_: Path, servers: Cluster, **wanted: Any) -> Iterator["RemoteRig"]:
+    with ExitStack() as stack:
+        servers.empty()
+        remote = Remote(replace(servers.settings, **wanted))
+        stack.callback(remote.close)
+        exports = Exports(Budget(64 * MIB), remote=remote)
+        stack.callback(exports.close)
+        yield RemoteRig(exports, remote, servers)
+
+
+RIGS: dict[str, Callable[..., AbstractContextManager[Rig]]] = {"ram": ram_rig, "disk": disk_rig, "remote": remote_rig}
 
 
 def swap_files(directory: Path, process: str | int = "self") -> list[int]:

@@ -19,7 +19,8 @@ TEXT = (b"All work and no play makes Jack a dull boy. " * 2000)[:CLUSTER]
 
 @pytest.fixture(params=RIGS)
 def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
-    with RIGS[request.param](tmp_path) as made:
+    servers = request.getfixturevalue("redis_cluster") if request.param == "remote" else None
+    with RIGS[request.param](tmp_path, servers) as made:
         yield made
 
 
@@ -89,7 +90,7 @@ def test_an_image_that_was_dropped_is_an_error_when_it_is_used(rig: Rig) -> None
     word = cold_word(len(image), 0, rig.tier)
     rig.store(rig.first, 9, 0, image)
     rig.drop(rig.first, 9, 0, len(image))
-    with pytest.raises((IntegrityError, OSError), match=r"short read|not what was stored|does not match"):
+    with pytest.raises((IntegrityError, OSError), match=r"short read|not what was stored|does not match|is missing"):
         rig.first.decode_quietly(9, word, 0, CLUSTER, rig.first.load_image(9, word))
 
 

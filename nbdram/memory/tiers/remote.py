@@ -1,0 +1,315 @@
+"""The last tier: sealed images in the memory of other machines, one key each in a Redis or Valkey cluster.
+
+    nbdram:image:DEVICE:CLUSTER:GENERATION    an image, sealed as `seal.py` tells
+    nbdram:device:DEVICE                      whose they are: JSON, for people and for `nbdram gc-remote`
+
+DEVICE is the device's UUID; CLUSTER and GENERATION (see `generations.py`) are hexadecimal. The device, the cluster and
+the generation are authenticated with the image: a remote that lies, or mixes up values, is found out. It can lose
+images, or refuse them, and can't do more harm than that.
+
+The record of a device that lives in a state directory stays until the device is removed; any other's goes by itself
+when its server is gone for a day.
+"""
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any, Final
+from uuid import UUID
+
+from nbdram.memory.codec import IntegrityError, MissingImage
+from nbdram.memory.layout import PAGE, Tier
+from nbdram.memory.tiers.engine import Command, Engine
+from nbdram.memory.tiers.generations import GENERATIONS_BYTES, Generations
+from nbdram.memory.tiers.ram import image_pages
+from nbdram.memory.tiers.remote_settings import RemoteSettings
+from nbdram.memory.tiers.seal import SEAL_BYTES, Seal
+
+log = logging.getLogger("nbdram.remote")
+
+IMAGE_PREFIX: Final = b"nbdram:image:"
+DEVICE_PREFIX: Final = b"nbdram:device:"
+_RETRY_S: Final = 1.0  # a remote that could not take an image is tried again after this
+_STORE_S: Final = 3.0  # how long an image is offered to a remote that is away
+_RECLAIM_WAIT_S: Final = 1.0  # how long reclaim waits for an image that it needs back
+_RECORD_S: Final = 24 * 3600
+_RENEW_S: Final = 3600
+_CLOSE_S: Final = 10.0  # what a server that stops may take to remove its images
+_MOST_DROPS: Final = 1 << 14  # that may wait; the others are put off until there is time
+
+
+class Remote:
+    """One remote, for all devices of a server."""
+
+    def __init__(self, settings: RemoteSettings, secret: bytes | None = None) -> None:
+        """Connects. NbdramError if it can't be used."""
+        self.settings = settings
+        self.max_bytes = settings.max_bytes
+        self.used_bytes = 0
+        self.failing = False  # it could not take the last image
+        self.stored_images = self.stored_bytes = 0
+        self.fetched_images = 0
+        self.drops_waiting = 0
+        self.failures = 0
+        self._lock = threading.Lock()
+        self._retry_at = 0.0
+        self._seal = Seal(secret, b"nbdram remote", "in the remote")
+        self._closed = False
+        self._forgetting: list[threading.Thread] = []
+        self._records: dict[UUID, tuple[str, bool]] = {}
+        self._renew_at = 0.0
+        self.engine = Engine(settings)
+        self.engine.start(self._renew)
+
+    def close(self) -> None:
+        """Drops that are still to be made get some time; what is left then is for `nbdram gc-remote`."""
+        deadline = time.monotonic() + _CLOSE_S
+        for thread in self._forgetting:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if any(thread.is_alive() for thread in self._forgetting):
+            log.warning("%s: not all data could be removed; nbdram gc-remote does the rest", self.settings)
+        self._closed = True
+        self.engine.close()
+        for thread in self._forgetting:
+            thread.join()
+
+    @property
+    def retries(self) -> int:
+        """How many commands had to be sent again."""
+        return self.engine.retries
+
+    def has_room(self) -> bool:
+        """Whether it is worth trying to store an image."""
+        if self.failing and time.monotonic() < self._retry_at:
+            return False
+        return not self.max_bytes or self.used_bytes + SEAL_BYTES + (1 << 16) <= self.max_bytes
+
+    def can_drop(self) -> bool:
+        """Whether more drops can be asked for now; more than this are put off."""
+        return self.drops_waiting < _MOST_DROPS // 2
+
+    def use(self, pages: int) -> None:
+        """Count pages of images that are, or are not any more, in the remote."""
+        with self._lock:
+            self.used_bytes += pages * PAGE
+
+    # -- images --------------------------------------------------------------------------------------
+
+    def store(self, key: bytes, sealed: bytes) -> "Future[Any]":
+        return self.engine.send(Command(key, (b"SET", key, sealed), time.monotonic() + _STORE_S))
+
+    def fetch(self, key: bytes, wait_s: float) -> "Future[Any]":
+        return self.engine.send(Command(key, (b"GET", key), time.monotonic() + wait_s))
+
+    def drop(self, key: bytes) -> "Future[Any] | None":
+        """Some time soon; None if too many wait already."""
+        with self._lock:
+            if self.drops_waiting >= _MOST_DROPS:
+                return None
+            self.drops_waiting += 1
+        dropping = self.engine.send(Command(key, (b"UNLINK", key), float("inf")))
+        dropping.add_done_callback(self._dropped)
+        return dropping
+
+    def _dropped(self, _: "Future[Any]") -> None:
+        with self._lock:
+            self.drops_waiting -= 1
+        self._retry_at = 0.0
+
+    def seal(self, image: bytes, label: bytes) -> bytes:
+        return self._seal.seal(image, label)
+
+    def open_sealed(self, sealed: bytes, label: bytes) -> bytes:
+        return self._seal.open(sealed, label)
+
+    def stored(self, length: int) -> None:
+        with self._lock:
+            self.stored_images += 1
+            self.stored_bytes += length
+            recovered, self.failing = self.failing, False
+        if recovered:
+            log.warning("%s: cold data can be stored again", self.settings)
+
+    def refused(self, error: BaseException) -> None:
+        with self._lock:
+            failed_before, self.failing = self.failing, True
+            self.failures += 1
+            self._retry_at = time.monotonic() + _RETRY_S
+        if not failed_before:
+            reason = error.strerror if isinstance(error, OSError) else error
+            log.error("%s: can't store cold data: %s; it stays where it is for now", self.settings, reason)
+
+    # -- whose images there are ----------------------------------------------------------------------
+
+    def register(self, identity: UUID, name: str, *, kept: bool) -> None:
+        """Say that a device is alive."""
+        self._records[identity] = (name, kept)
+        self._write_record(identity)
+
+    def unregister(self, identity: UUID) -> None:
+        """Say that a device is no more: whatever it has left may go."""
+        self._records.pop(identity, None)
+        dropping = self.drop(DEVICE_PREFIX + identity.hex.encode())
+        if dropping:
+            with suppress(OSError):  # the server stops
+                dropping.result()
+
+    def forget(self, tier: "RemoteTier") -> None:
+        """Remove all that a device has here, which is closed already, some time soon."""
+        thread = threading.Thread(target=self._forget, args=(tier,), name="nbdram-remote-forget", daemon=True)
+        self._forgetting = [other for other in self._forgetting if other.is_alive()]
+        self._forgetting.append(thread)
+        thread.start()
+
+    def _forget(self, tier: "RemoteTier") -> None:
+        try:
+            for found in tier.generations.pages():
+                for cluster, slot, generation in found:
+                    while not self.can_drop() and not self._closed:
+                        time.sleep(0.01)
+                    tier.drop_leftover(cluster, slot, generation)
+            while self.drops_waiting and not self._closed:
+                time.sleep(0.01)
+            if not self._closed:
+                self.unregister(tier.identity)
+        finally:
+            tier.close()
+
+    def knows(self, identity: UUID) -> bool:
+        """Whether a device has a record here. OSError if the remote is away."""
+        key = DEVICE_PREFIX + identity.hex.encode()
+        return self.fetch(key, self.settings.wait_s).result() is not None
+
+    def _renew(self) -> None:
+        """Called each minute, in a thread of the engine."""
+        if time.monotonic() >= self._renew_at:
+            self._renew_at = time.monotonic() + _RENEW_S
+            for identity in list(self._records):
+                self._write_record(identity)
+
+    def _write_record(self, identity: UUID) -> None:
+        name, kept = self._records[identity]
+        key = DEVICE_PREFIX + identity.hex.encode()
+        record = {"export": name, "host": socket.gethostname(), "kept": kept, "seen": int(time.time())}
+        words: tuple[bytes, ...] = (b"SET", key, json.dumps(record).encode())
+        if not kept:
+            words += (b"EX", b"%d" % _RECORD_S)
+        self.engine.send(Command(key, words, float("inf")))
+
+
+class RemoteTier:
+    """The images of one device in a remote."""
+
+    tier: Final = Tier.REMOTE
+
+    def __init__(self, remote: Remote, identity: UUID, fd: int, name: str, *, kept: bool) -> None:
+        """`fd`: of the file of generations. `kept`: the device lives on when the server has ended."""
+        self.remote = remote
+        self.identity = identity
+        self.kept = kept
+        self.put_off = kept  # there may be images that no word points at
+        self.generations = Generations(fd)
+        self._prefix = IMAGE_PREFIX + identity.hex.encode() + b":"
+        remote.register(identity, name, kept=kept)
+
+    def close(self) -> None:
+        self.generations.close()
+
+    def has_room(self, _: int = 0) -> bool:
+        return self.remote.has_room()
+
+    def has_any_room(self) -> bool:
+        return self.remote.has_room()
+
+    def submit(self, cluster: int, slot: int, image: bytes) -> "Future[Any]":
+        """Seal an image and send it off; done when it is stored, OSError if it is not."""
+        generation, left = self.generations.new(cluster, slot)
+        if left:
+            self.remote.drop(self._key(cluster, left))
+        key = self._key(cluster, generation)
+        pages = image_pages(len(image))
+        self.remote.use(pages)
+
+        def done(storing: "Future[Any]") -> None:
+            error = storing.exception()
+            if error is None:
+                self.remote.stored(len(image))
+            else:
+                self.remote.refused(error)
+                self._drop(cluster, slot, generation, pages)  # it may have come through all the same
+
+        storing = self.remote.store(key, self.remote.seal(image, self._label(cluster, generation)))
+        storing.add_done_callback(done)
+        return storing
+
+    def store(self, cluster: int, slot: int, image: bytes) -> None:
+        self.submit(cluster, slot, image).result()
+
+    def fetch(self, cluster: int, slot: int, length: int, wait_s: float | None = None) -> "Future[bytes]":
+        """An image of `length` bytes; OSError if the remote is away for too long, IntegrityError if it is not there."""
+        generation = self.generations.at(cluster, slot)
+        opened: Future[bytes] = Future()
+        opened.set_running_or_notify_cancel()
+
+        def done(fetching: "Future[Any]") -> None:
+            try:
+                opened.set_result(self._open(fetching.result(), cluster, generation, length))
+            except Exception as error:
+                opened.set_exception(error)
+
+        wait_s = self.remote.settings.wait_s if wait_s is None else wait_s
+        self.remote.fetch(self._key(cluster, generation), wait_s).add_done_callback(done)
+        return opened
+
+    def _open(self, sealed: bytes | None, cluster: int, generation: int, length: int) -> bytes:
+        if sealed is None:
+            raise MissingImage("an image is missing in the remote")
+        image = self.remote.open_sealed(sealed, self._label(cluster, generation))
+        if len(image) != length:
+            raise IntegrityError("an image in the remote is not what was stored")
+        self.remote.fetched_images += 1
+        return image
+
+    def load(self, cluster: int, slot: int, length: int) -> bytes:
+        """For reclaim, which must not wait long."""
+        return self.fetch(cluster, slot, length, _RECLAIM_WAIT_S).result()
+
+    def drop(self, cluster: int, slot: int, length: int) -> None:
+        """Give the memory of an image back to the remote, some time soon."""
+        generation = self.generations.at(cluster, slot)
+        if generation:
+            self._drop(cluster, slot, generation, image_pages(length))
+
+    def drop_leftover(self, cluster: int, slot: int, generation: int) -> None:
+        """Drop an image that counts as gone already."""
+        self._drop(cluster, slot, generation, 0)
+
+    def _drop(self, cluster: int, slot: int, generation: int, pages: int) -> None:
+        self.remote.use(-pages)
+        dropping = self.remote.drop(self._key(cluster, generation))
+        if dropping:
+            dropping.add_done_callback(lambda done: self._forget(done, cluster, slot, generation))
+        else:
+            self.put_off = True
+
+    def _forget(self, done: "Future[Any]", cluster: int, slot: int, generation: int) -> None:
+        if not done.exception():
+            self.generations.forget(cluster, slot, generation)
+
+    def _key(self, cluster: int, generation: int) -> bytes:
+        return self._prefix + b"%x:%016x" % (cluster, generation)
+
+    def _label(self, cluster: int, generation: int) -> bytes:
+        return self.identity.bytes + cluster.to_bytes(8, "big") + generation.to_bytes(8, "big")
+
+
+def anonymous_generations(name: str) -> int:
+    """A file for the generations of a device that ends with the process."""
+    fd = os.memfd_create(f"nbdram:{name}:remote"[:249], os.MFD_CLOEXEC)
+    os.ftruncate(fd, GENERATIONS_BYTES)
+    return fd
