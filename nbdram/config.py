@@ -128,6 +128,19 @@ class SwapSettings:
 
 
 @dataclass(frozen=True)
+class TlsSettings:
+    """Certificates, all in PEM form, and whether TCP clients must use them.
+
+    `client_ca`: clients must show a certificate of one of these authorities.
+    """
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+    required: bool = True
+
+
+@dataclass(frozen=True)
 class Endpoint:
     """A place to listen on or to dial: a Unix socket's path, or host and port; or inherited sockets."""
 
@@ -148,7 +161,7 @@ class Endpoint:
         if self.host and not self.is_loopback and not allowed:
             raise UsageError(
                 f"{self} can be reached by others and would be served without encryption: "
-                "listen on a Unix socket or loopback, or allow it with --allow-plaintext"
+                "listen on a Unix socket or loopback, require TLS, or allow it with --allow-plaintext"
             )
 
     def __str__(self) -> str:
@@ -162,14 +175,15 @@ class Endpoint:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
 
-    def uri(self, export: str) -> str:
+    def uri(self, export: str, *, tls: bool = False) -> str:
         """The NBD URI of an export that is served here."""
         name = quote(export)
+        scheme = "nbds" if tls else "nbd"
         if self.path:
-            return f"nbd+unix:///{name}?socket={quote(self.path)}"
+            return f"{scheme}+unix:///{name}?socket={quote(self.path)}"
         port = "" if self.port == DEFAULT_PORT else f":{self.port}"
         host = self.netloc.removesuffix(f":{self.port}")
-        return f"nbd://{host}{port}/{name}"
+        return f"{scheme}://{host}{port}/{name}"
 
 
 _LISTEN_FORMS = "write unix:PATH, tcp://HOST:PORT or fd"
@@ -274,6 +288,12 @@ class ServeSettings:
     state_dir: Path | None = None
     remote: RemoteSettings | None = None
     remote_first: bool = False  # before the directories of `swap`
+    tls: TlsSettings | None = None
+
+    @property
+    def plaintext_may_listen(self) -> bool:
+        """Whether addresses that others can reach are in order."""
+        return self.allow_plaintext or (self.tls is not None and self.tls.required)
 
     def check(self) -> None:
         """What can be said without opening anything."""
@@ -283,6 +303,6 @@ class ServeSettings:
                 raise UsageError(f"there are two exports called {export.name!r}: give each a name of its own")
             seen.add(export.name)
         for endpoint in self.listen:
-            endpoint.check_plaintext(self.allow_plaintext)
+            endpoint.check_plaintext(self.plaintext_may_listen)
         if self.memory < MIN_MEMORY:
             raise UsageError(f"--memory must be at least {format_size(MIN_MEMORY)}: the server itself needs half of it")

@@ -11,7 +11,7 @@ import struct
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -452,15 +452,18 @@ def index_pages(device: Device) -> int:
 
 @asynccontextmanager
 async def served(directory: Path, *exports: str, memory: str = "256M", **others: Any) -> AsyncIterator[Served]:
-    """A server on a Unix socket in `directory`. Nothing may escape it, and no page may be lost."""
+    """A server on a Unix socket in `directory`. Nothing may escape it, and no page may be lost.
+
+    `others`: other fields of ServeSettings.
+    """
     path = directory / "nbd.sock"
     settings = ServeSettings(
         exports=tuple(ExportSettings.parse(text) for text in exports or ("ram=1T",)),
         listen=(Endpoint(path=str(path)),),
         memory=parse_size(memory) + anonymous_bytes(),  # what this process has taken already counts too
         control=directory / "control",
-        **others,
     )
+    settings = replace(settings, **others)
     escaped: list[dict[str, Any]] = []
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda _, context: escaped.append(context))

@@ -10,6 +10,7 @@ from nbdram.config import (
     DEFAULT_METRICS,
     ExportSettings,
     ServeSettings,
+    TlsSettings,
     default_listen,
     format_size,
     parse_listen,
@@ -74,6 +75,19 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="allow addresses that others can reach, without encryption",
     )
     parser.add_argument(
+        "--tls-cert", type=Path, metavar="FILE", help="the server's certificate, and those behind it (PEM)"
+    )
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key (PEM)")
+    parser.add_argument(
+        "--tls-client-ca", type=Path, metavar="FILE", help="clients must show a certificate of these authorities (PEM)"
+    )
+    parser.add_argument(
+        "--tls",
+        choices=("require", "allow"),
+        default="require",
+        help="whether TCP clients must use TLS where there is a certificate (default: %(default)s)",
+    )
+    parser.add_argument(
         "--control",
         type=Path,
         metavar="PATH",
@@ -109,10 +123,20 @@ def run(arguments: argparse.Namespace) -> int:
         metrics=DEFAULT_METRICS if arguments.metrics is None else parse_metrics(arguments.metrics),
         metrics_required=arguments.metrics is not None,
         state_dir=arguments.state_dir,
+        tls=_tls(arguments),
     )
     settings.check()
     uvloop.run(serve(settings))
     return 0
+
+
+def _tls(arguments: argparse.Namespace) -> TlsSettings | None:
+    certificate, key, client_ca = arguments.tls_cert, arguments.tls_key, arguments.tls_client_ca
+    if certificate and key:
+        return TlsSettings(certificate, key, client_ca, arguments.tls == "require")
+    if certificate or key or client_ca:
+        raise UsageError("TLS takes both a certificate and its key: give --tls-cert FILE and --tls-key FILE")
+    return None
 
 
 def _memory(text: str | None) -> int:

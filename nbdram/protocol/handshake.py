@@ -79,6 +79,7 @@ class Failure(StrEnum):
     UNKNOWN_EXPORT = "unknown_export"
     TLS_REQUIRED = "tls_required"
     PLAINTEXT_BEHIND_STARTTLS = "plaintext_behind_starttls"
+    TLS_FAILED = "tls_failed"
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,14 @@ from nbdram.protocol.handshake import (
     Negotiated,
     Refused,
     ReplyMode,
+    TlsPolicy,
+    UpgradeToTls,
 )
 from nbdram.protocol.replies import Replies, SimpleReplies, replies_for
 from nbdram.server import commands
 from nbdram.server.counters import COMMANDS, SAMPLE_EVERY, ServiceCounters
 from nbdram.server.exports import Export, Exports
+from nbdram.server.tls import Tls
 
 log = logging.getLogger("nbdram.connection")
 
@@ -86,6 +89,7 @@ class Service:
         self.last_served: Connection | None = None
         self.write_wait_s = WRITE_WAIT_S
         self.fetcher = Fetcher()
+        self.tls: Tls | None = None
         self.receive_buffer = bytearray(RECEIVE_BYTES)
         self.receive_view = memoryview(self.receive_buffer)
 
@@ -119,6 +123,7 @@ class _Transport(Protocol):
 
     def get_extra_info(self, name: str) -> Any: ...
     def write(self, data: bytes) -> None: ...
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None: ...
     def pause_reading(self) -> None: ...
     def resume_reading(self) -> None: ...
     def close(self) -> None: ...
@@ -128,7 +133,7 @@ class _Transport(Protocol):
 class Connection(asyncio.BufferedProtocol):
     """The server's end of one NBD connection."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, tls: TlsPolicy = TlsPolicy.OFF) -> None:
         self._service = service
         self.fetcher = service.fetcher
         self.write_wait_s = service.write_wait_s
@@ -141,7 +146,8 @@ class Connection(asyncio.BufferedProtocol):
         self.peer = "?"
         self.opened_at = 0.0  # the export, by time.monotonic
         # handshake phase
-        self._handshake: Handshake | None = Handshake(service.exports)
+        self._handshake: Handshake | None = Handshake(service.exports, tls)
+        self.names: frozenset[str] = frozenset()  # of the client's certificate
         self._deadline: asyncio.TimerHandle | None = None
         # transmission phase
         self.export: Export = cast(Export, None)
@@ -226,10 +232,7 @@ class Connection(asyncio.BufferedProtocol):
         self._abandon_incoming()
         for task in self._tasks:
             task.cancel()
-        if self._writer_fd >= 0:
-            self._loop.remove_writer(self._writer_fd)
-            os.close(self._writer_fd)
-            self._writer_fd = -1
+        self._stop_writer()
         self._unsent.clear()
         self._wake_drained()
         if self.device is not None:
@@ -256,6 +259,42 @@ class Connection(asyncio.BufferedProtocol):
             self._service.counters.handshake_failures[outcome.failure] += 1
             log.info("%s left in the handshake: %s", self.peer, outcome.reason)
             self.close_when_idle()
+        elif isinstance(outcome, UpgradeToTls):
+            self._turn_to_tls(handshake, outcome)
+
+    def _turn_to_tls(self, before: Handshake, agreed: UpgradeToTls) -> None:
+        """Hand the socket over to the TLS thread. What was negotiated is forgotten."""
+        assert self._service.tls
+        if self._unsent:  # the acknowledgement stands behind what this client has never read
+            self.tls_failed("the client does not read")
+            return
+        try:
+            sock = socket.socket(fileno=os.dup(self._fd))
+        except OSError as error:  # too many open files
+            log.warning("%s can't be answered: %s", self.peer, error.strerror)
+            self._transport.abort()
+            return
+        self._stop_writer()
+        plain, self._fd = self._transport, -1
+        plain.pause_reading()
+        plain.set_protocol(asyncio.Protocol())
+        plain.abort()
+        self._handshake = Handshake(before.catalogue, before.tls, secure=True, no_zeroes=agreed.no_zeroes)
+        self._transport = self._service.tls.take(sock, self)
+
+    def secured(self, transport: asyncio.BaseTransport, names: frozenset[str]) -> None:
+        """TLS is up, and the haggling begins again inside; the client's certificate has `names`."""
+        self._transport = cast(_Transport, transport)
+        self.names = names
+        sock = self._transport.get_extra_info("socket")
+        self._fd = sock.fileno()
+        _tune(sock)
+
+    def tls_failed(self, reason: str) -> None:
+        self._closing = True
+        self._service.counters.handshake_failures[Failure.TLS_FAILED] += 1
+        log.info("%s left in the handshake: %s", self.peer, reason)
+        self._transport.abort()
 
     def _handshake_late(self) -> None:
         self._closing = True
@@ -737,6 +776,12 @@ class Connection(asyncio.BufferedProtocol):
                 self._transport.abort()
                 return
         self._loop.add_writer(self._writer_fd, self._writable)
+
+    def _stop_writer(self) -> None:
+        if self._writer_fd >= 0:
+            self._loop.remove_writer(self._writer_fd)
+            os.close(self._writer_fd)
+            self._writer_fd = -1
 
     def _writable(self) -> None:
         unsent = self._unsent

@@ -35,10 +35,12 @@ from nbdram.observe.history import History
 from nbdram.observe.lag import LoopLag
 from nbdram.observe.status import status_pages
 from nbdram.observe.web import WebServer, pages
+from nbdram.protocol.handshake import TlsPolicy
 from nbdram.server.admin import Admin
 from nbdram.server.connection import MAX_CONNECTIONS, Connection, Service
 from nbdram.server.exports import Exports
 from nbdram.server.listeners import open_listeners, unlink_if_ours
+from nbdram.server.tls import Tls
 
 if TYPE_CHECKING:
     from nbdram.memory.tiers.remote import Remote
@@ -93,6 +95,8 @@ class Server:
     async def start(self) -> None:
         """Make the exports and listen; on any error nothing is left behind."""
         try:
+            if self.settings.tls:
+                self.service.tls = Tls(self.settings.tls)
             self.web = self._open_web()
             self.lag.start()
             if self.state:
@@ -106,7 +110,7 @@ class Server:
             for endpoint in self.settings.listen:
                 await self._listen(endpoint)
             self._control = self._open_control()
-            self.service.max_connections = min(MAX_CONNECTIONS, _connections_possible())
+            self.service.max_connections = min(MAX_CONNECTIONS, _connections_possible(tls=bool(self.settings.tls)))
             if self.settings.follow_pressure:
                 self._pressure = asyncio.create_task(self._follow_pressure())
             self.ready = True
@@ -163,13 +167,13 @@ class Server:
 
     async def _listen(self, endpoint: Endpoint) -> None:
         loop = asyncio.get_running_loop()
-        for sock in open_listeners(endpoint, allow_plaintext=self.settings.allow_plaintext):
+        for sock in open_listeners(endpoint, allow_plaintext=self.settings.plaintext_may_listen):
             if sock.family == socket.AF_UNIX:
                 path = sock.getsockname()
                 if endpoint.path:
                     self._socket_files.append((path, os.lstat(path).st_ino))
                 self.endpoints.append(Endpoint(path=path))
-                self._servers.append(await loop.create_unix_server(self._connect, sock=sock, backlog=_BACKLOG))
+                self._servers.append(await loop.create_unix_server(self._connect_local, sock=sock, backlog=_BACKLOG))
             else:
                 host, port = sock.getsockname()[:2]
                 self.endpoints.append(Endpoint(host=host, port=port))
@@ -210,7 +214,13 @@ class Server:
         return web
 
     def _connect(self) -> Connection:
-        return Connection(self.service)
+        tls = self.settings.tls
+        policy = TlsPolicy.OFF if tls is None else TlsPolicy.REQUIRED if tls.required else TlsPolicy.OFFERED
+        return Connection(self.service, policy)
+
+    def _connect_local(self) -> Connection:
+        """Over a Unix socket nobody listens in: TLS is there for who wants to show a certificate."""
+        return Connection(self.service, TlsPolicy.OFFERED if self.settings.tls else TlsPolicy.OFF)
 
     async def stop(self) -> None:
         """No new connections; requests in flight are answered (bounded in time); memory is given back."""
@@ -234,6 +244,9 @@ class Server:
         for connection in list(self.service.connections):
             connection.abort()
         await asyncio.sleep(0)
+        if self.service.tls:
+            await self.service.tls.stop()
+            self.service.tls = None
         await self.reclaimer.stop()
         for sweeper in (self._sweeper, self._remote_sweeper):
             if sweeper:
@@ -307,10 +320,10 @@ def _raise_file_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _connections_possible() -> int:
-    """How many connections the limit of open files has room for; each may take two."""
+def _connections_possible(*, tls: bool) -> int:
+    """How many connections the limit of open files has room for; each may take two, or four inside TLS."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(1, (limit - len(os.listdir("/proc/self/fd")) - _SPARE_FILES) // 2)
+    return max(1, (limit - len(os.listdir("/proc/self/fd")) - _SPARE_FILES) // (4 if tls else 2))
 
 
 def _precise_timers() -> None:
@@ -324,7 +337,9 @@ def announce(server: Server) -> None:
     for export in server.exports:
         for endpoint in server.endpoints:
             where = ["-unix", endpoint.path] if endpoint.path else [endpoint.host, str(endpoint.port)]
-            lines.append(endpoint.uri(export.name))
-            lines.append("    " + shlex.join(["nbd-client", *where, "/dev/nbd0", "-N", export.name]))
+            tls = bool(endpoint.host and server.settings.tls and server.settings.tls.required)
+            lines.append(endpoint.uri(export.name, tls=tls))
+            how = ["-enable-tls"] if tls else []
+            lines.append("    " + shlex.join(["nbd-client", *where, "/dev/nbd0", "-N", export.name, *how]))
     with suppress(BrokenPipeError):  # whoever started us need not listen
         print("\n".join(lines), flush=True)
