@@ -54,6 +54,8 @@ def _print_tiers(extents: list[tuple[int, int, int]], size: int, *, as_json: boo
         return 0
     print("\n".join(draw(extents, size)))
     for tier, name in enumerate(_TIERS):
+        if name == "remote" and not any(t == tier for _, _, t in extents):
+            continue
         print(f"{_MARKS[tier]} {name:10}{format_size(sum(n for _, n, t in extents if t == tier))}")
     return 0
 

@@ -38,16 +38,21 @@ def render(before: dict[str, Any], now: dict[str, Any], seconds: float) -> str:
     share = 100 * budget["used"] / budget["limit"]
     rate = (_reclaimed(now) - _reclaimed(before)) / seconds
     disk = f"{_total(now, 'disk')}{_ratio(now, 'disk')}" if now["swap"] else "none"
+    remote = f"{_total(now, 'remote')}{_ratio(now, 'remote')}" if now["remote"] else "none"
+    if now["remote"] and now["remote"]["failing"]:
+        remote += "; it takes nothing for now"
     damaged = sum(export["integrity_errors"] for export in now["exports"])
     rows = [
         ("budget", f"{format_size(budget['used'])} of {format_size(budget['limit'])} used ({share:.0f} %)"),
         ("resident", _total(now, "resident")),
         ("compressed", f"{_total(now, 'compressed')}{_ratio(now, 'compressed')}"),
         ("on disk", disk),
+        ("remote", remote),
         ("index", _total(now, "index")),
         ("the server itself", format_size(budget["overhead"])),
         ("faults from RAM", f"{faults['ram']}{_latency(faults['ram_seconds'])}"),
         ("faults from disk", f"{faults['disk']}{_latency(faults['disk_seconds'])}"),
+        ("faults from remote", f"{faults['remote']}{_latency(faults['remote_seconds'])}"),
         ("pages faulted back", str(faults["refaulted_pages"])),
         ("reclaim", f"{rate:.0f} clusters/s; {_reclaimed(now)} in all, {reclaim['thrown_away']} thrown away"),
         ("writes that waited", str(now["write_waits"])),
@@ -56,9 +61,9 @@ def render(before: dict[str, Any], now: dict[str, Any], seconds: float) -> str:
     ]
     lines = [f"{label:20}{value}" for label, value in rows]
     lines.append("")
-    lines.append(f"{'export':24}{'maximum':>12}{'resident':>12}{'compressed':>12}{'disk':>12}")
+    lines.append(f"{'export':24}{'maximum':>12}{'resident':>12}{'compressed':>12}{'disk':>12}{'remote':>12}")
     for export in now["exports"]:
-        sizes = (export[key] for key in ("maximum", "resident", "compressed", "disk"))
+        sizes = (export[key] for key in ("maximum", "resident", "compressed", "disk", "remote"))
         lines.append(f"{export['name'][:23]:24}" + "".join(f"{format_size(size):>12}" for size in sizes))
     return "\n".join(lines)
 

@@ -20,16 +20,16 @@ _CELLS_AT_ONCE: Final = 32
 _CLUSTERS_AT_ONCE: Final = 4096
 _REST_S: Final = 0.00005
 
-_HOT: Final = (Reference.TOUCHED, Reference.COLD_TOUCHED, Reference.FAR_TOUCHED)
+_HOT: Final = (Reference.TOUCHED, Reference.COLD_TOUCHED, Reference.FAR_TOUCHED, Reference.REMOTE_TOUCHED)
 
 Span = tuple[int, int]  # clusters [first, after)
 
 
 @dataclass(frozen=True)
 class DeviceMap:
-    """`cells` has four bytes for each cell: how much of it is resident, compressed, on disk, and how much of that was
-    touched lately, each 0 to 255. The cells follow each other through `spans` (bytes of the device, in order), each
-    `cell_bytes` long, but for the last.
+    """`cells` has five bytes for each cell: how much of it is resident, compressed, on disk, in a remote, and how much
+    of that was touched lately, each 0 to 255. The cells follow each other through `spans` (bytes of the device, in
+    order), each `cell_bytes` long, but for the last.
     """
 
     spans: list[tuple[int, int]]
@@ -103,7 +103,7 @@ def _cells(spans: list[Span], per_cell: int) -> Iterator[list[Span]]:
 
 
 def _cell(device: Device, pieces: list[Span], per_cell: int) -> bytes:
-    pages = [0, 0, 0]
+    pages = [0, 0, 0, 0]
     stored = hot = 0
     for first, after in pieces:
         for at in range(first, after, _CLUSTERS_AT_ONCE):
@@ -117,16 +117,20 @@ def _cell(device: Device, pieces: list[Span], per_cell: int) -> bytes:
     return bytes([*(_scaled(count, in_cell) for count in pages), _scaled(hot, stored)])
 
 
-def _pages_by_tier(words: bytes) -> tuple[int, int, int]:
-    """How many pages are resident, only in images in RAM, only in images on disk; all words in a few operations."""
+def _pages_by_tier(words: bytes) -> tuple[int, int, int, int]:
+    """How many pages are resident, only in images in RAM, on disk, in a remote; all words in a few operations."""
     ones = _ones(len(words) // WORD_BYTES)
     bits = int.from_bytes(words, "little")
     resident = bits & ones * RESIDENT
-    with_image = bits >> TIER_SHIFT + 1 & ones  # tiers RAM (2) and DISK (3)
-    on_disk = bits >> TIER_SHIFT & with_image
-    not_resident = PAGES_PER_CLUSTER * with_image.bit_count() - (resident & with_image * RESIDENT).bit_count()
-    far = PAGES_PER_CLUSTER * on_disk.bit_count() - (resident & on_disk * RESIDENT).bit_count()
-    return resident.bit_count(), not_resident - far, far
+
+    def only_there(with_image: int) -> int:
+        return PAGES_PER_CLUSTER * with_image.bit_count() - (resident & with_image * RESIDENT).bit_count()
+
+    here = bits >> TIER_SHIFT + 1 & ones  # tiers RAM (2) and DISK (3)
+    on_disk = bits >> TIER_SHIFT & here
+    in_remote = bits >> TIER_SHIFT + 2 & ones  # tier REMOTE (4)
+    far = only_there(on_disk)
+    return resident.bit_count(), only_there(here) - far, far, only_there(in_remote)
 
 
 @lru_cache(32)

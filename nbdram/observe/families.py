@@ -14,6 +14,7 @@ from nbdram.memory.layout import CLUSTER, PAGE
 from nbdram.server.counters import COMMANDS, SAMPLE_EVERY
 
 if TYPE_CHECKING:
+    from nbdram.memory.tiers.remote import Remote
     from nbdram.server.exports import Export
     from nbdram.server.server import Server
 
@@ -78,11 +79,13 @@ def _faults(source: Source) -> Iterator[Row]:
     for name, export in source.exports:
         yield name, "ram", export.device.ram_faults
         yield name, "disk", export.device.disk_faults
+        yield name, "remote", export.device.remote_faults
 
 
 def _fault_seconds(source: Source) -> Iterator[Row]:
     yield "ram", Histogram.total([export.device.ram_fault_seconds for _, export in source.exports])
     yield "disk", source.server.service.fetcher.seconds
+    yield "remote", source.server.service.fetcher.remote_seconds
 
 
 def _request_seconds(source: Source) -> Iterator[Row]:
@@ -101,6 +104,14 @@ def _connections(source: Source) -> Sequence[Row]:
 
 def _swap(get: Callable[[Any], float]) -> Read:
     return lambda source: [(source.name_of(str(area.path)), get(area)) for area in source.server.areas]
+
+
+def _remote(get: Callable[["Remote"], float]) -> Read:
+    def read(source: Source) -> Sequence[Row]:
+        remote = source.server.remote
+        return [(str(remote.settings), get(remote))] if remote else []
+
+    return read
 
 
 FAMILIES: Final = (
@@ -235,6 +246,20 @@ FAMILIES: Final = (
         _exports(lambda e: e.device.disk_clusters * CLUSTER),
     ),
     Family(
+        "nbdram_remote_bytes",
+        "gauge",
+        "Memory of other machines for compressed images.",
+        ("export",),
+        _exports(lambda e: e.device.remote_pages * PAGE),
+    ),
+    Family(
+        "nbdram_remote_content_bytes",
+        "gauge",
+        "What the images in a remote hold, before compression.",
+        ("export",),
+        _exports(lambda e: e.device.remote_clusters * CLUSTER),
+    ),
+    Family(
         "nbdram_index_bytes",
         "gauge",
         "RAM for the index.",
@@ -288,7 +313,7 @@ FAMILIES: Final = (
     Family(
         "nbdram_faults_total",
         "counter",
-        "Reads of cold data, by where it was: a compressed image in RAM, or one on disk.",
+        "Reads of cold data, by where it was: a compressed image in RAM, one on disk, or one in a remote.",
         ("export", "source"),
         _faults,
     ),
@@ -310,7 +335,7 @@ FAMILIES: Final = (
         "nbdram_reclaim_clusters_total",
         "counter",
         "Clusters of 64 KiB that reclaim took up, by what came of it: compressed; dropped_clean: it still had its "
-        "image; zeros: became a hole; demoted: its image went to disk; incompressible: left resident; "
+        "image; zeros: became a hole; demoted: its image went to disk or a remote; incompressible: left resident; "
         "thrown_away: was touched meanwhile.",
         ("result",),
         lambda source: list(vars(source.server.reclaimer.counters).items()),
@@ -342,6 +367,62 @@ FAMILIES: Final = (
         "1 after a swap directory could not be written to, until there is room again.",
         ("path",),
         _swap(lambda area: int(area.failing)),
+    ),
+    Family(
+        "nbdram_missing_images_total",
+        "counter",
+        "Images that a remote had taken and does not have any more; who read them got EIO.",
+        ("export",),
+        _exports(lambda e: e.device.missing_images),
+    ),
+    Family(
+        "nbdram_remote_used_bytes",
+        "gauge",
+        "Memory of a remote that is in use by this server.",
+        ("remote",),
+        _remote(lambda remote: remote.used_bytes),
+    ),
+    Family(
+        "nbdram_remote_max_bytes",
+        "gauge",
+        "Memory of a remote that this server may use; 0: as much as it takes.",
+        ("remote",),
+        _remote(lambda remote: remote.max_bytes),
+    ),
+    Family(
+        "nbdram_remote_failing",
+        "gauge",
+        "1 after a remote could not take an image, until it does again.",
+        ("remote",),
+        _remote(lambda remote: int(remote.failing)),
+    ),
+    Family(
+        "nbdram_remote_failures_total",
+        "counter",
+        "Images that a remote could not take; they stayed where they were.",
+        ("remote",),
+        _remote(lambda remote: remote.failures),
+    ),
+    Family(
+        "nbdram_remote_retries_total",
+        "counter",
+        "Commands that had to be sent to a remote again: lost connections, failovers, slots on the move.",
+        ("remote",),
+        _remote(lambda remote: remote.retries),
+    ),
+    Family(
+        "nbdram_remote_stored_images_total",
+        "counter",
+        "Images that a remote has taken.",
+        ("remote",),
+        _remote(lambda remote: remote.stored_images),
+    ),
+    Family(
+        "nbdram_remote_fetched_images_total",
+        "counter",
+        "Images that came back from a remote.",
+        ("remote",),
+        _remote(lambda remote: remote.fetched_images),
     ),
     # -- connections
     Family(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 INTERVAL_S: Final = 2.0
 POINTS: Final = 300
-SERIES: Final = ("read_bytes", "written_bytes", "requests", "faults", "resident", "compressed", "disk")
+SERIES: Final = ("read_bytes", "written_bytes", "requests", "faults", "resident", "compressed", "disk", "remote")
 _RATES: Final = 4  # the first of them are per second, out of counters
 # Exports that were never used have no curves, and of the others at most this many: each takes 8 KiB.
 _MAX_EXPORTS: Final = 256
@@ -106,8 +106,9 @@ def _numbers(export: "Export") -> Numbers:
         counters.read_bytes,
         counters.written_bytes,
         sum(counters.operations.values()),
-        device.ram_faults + device.disk_faults,
+        device.ram_faults + device.disk_faults + device.remote_faults,
         device.resident_pages * PAGE,
         device.cold_pages * PAGE,
         device.disk_pages * PAGE,
+        device.remote_pages * PAGE,
     )

@@ -14,7 +14,8 @@ _VALUES: Final = {
     "phase": "handshake, transmission",
     "reason": ", ".join(Failure),
     "result": "compressed, dropped_clean, zeros, incompressible, demoted, thrown_away",
-    "source": "ram, disk",
+    "remote": "its URL, without options",
+    "source": "ram, disk, remote",
     "version": "the version of nbdram",
 }
 

@@ -10,6 +10,7 @@ from nbdram.memory.recent import Recent
 from nbdram.server.counters import COMMANDS
 
 if TYPE_CHECKING:
+    from nbdram.memory.tiers.remote import Remote
     from nbdram.server.exports import Export
     from nbdram.server.server import Server
 
@@ -38,6 +39,8 @@ def take(server: "Server") -> Snapshot:
             "ram_seconds": _percentiles(ram_times),
             "disk": fetcher.fetched,
             "disk_seconds": _percentiles(fetcher.times),
+            "remote": fetcher.fetched_from_remote,
+            "remote_seconds": _percentiles(fetcher.remote_times),
             "refaulted_pages": sum(export["refaulted_pages"] for export in exports),
         },
         "reclaim": vars(reclaimer.counters).copy(),
@@ -45,6 +48,7 @@ def take(server: "Server") -> Snapshot:
             {"path": str(area.path), "used": area.used_bytes, "max": area.max_bytes, "failing": area.failing}
             for area in server.areas
         ],
+        "remote": server.remote and remote_facts(server.remote),
         "connections": len(server.service.connections),
         "operations": _sum_by_name(export.counters.operations for export in served),
         "read_bytes": sum(export.counters.read_bytes for export in served),
@@ -52,6 +56,17 @@ def take(server: "Server") -> Snapshot:
         "errors": sum(sum(export.counters.errors.values()) for export in served) + counters.protocol_errors,
         "handshake_failures": sum(counters.handshake_failures.values()),
         "write_waits": sum(export.counters.write_waits for export in served),
+    }
+
+
+def remote_facts(remote: "Remote") -> Snapshot:
+    return {
+        "url": str(remote.settings),
+        "used": remote.used_bytes,
+        "max": remote.max_bytes,
+        "failing": remote.failing,
+        "failures": remote.failures,
+        "retries": remote.retries,
     }
 
 
@@ -65,9 +80,12 @@ def _export(export: "Export") -> Snapshot:
         "compressed_from": device.cold_clusters * CLUSTER,
         "disk": device.disk_pages * PAGE,
         "disk_from": device.disk_clusters * CLUSTER,
+        "remote": device.remote_pages * PAGE,
+        "remote_from": device.remote_clusters * CLUSTER,
         "index": device.index_pages * PAGE,
         "ram_faults": device.ram_faults,
         "integrity_errors": device.integrity_errors,
+        "missing_images": device.missing_images,
         "refaulted_pages": device.refaults,
         "connections": export.connections,
     }

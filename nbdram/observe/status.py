@@ -18,6 +18,7 @@ from nbdram.memory.histogram import BOUNDS_S, Histogram
 from nbdram.memory.layout import CLUSTER, PAGE
 from nbdram.observe import device_map
 from nbdram.observe.history import INTERVAL_S, POINTS, History
+from nbdram.observe.snapshot import remote_facts
 from nbdram.observe.web import Answer, Page
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def _status(server: "Server", find: str) -> dict[str, Any]:
     matching = [export for export in exports if find.casefold() in export.name.casefold()]
     shown = heapq.nlargest(_MAX_EXPORTS, matching, key=_importance) if len(matching) > _MAX_EXPORTS else matching
     devices = [export.device for export in exports]
-    budget, counters = server.exports.budget, server.service.counters
+    budget, counters, fetcher = server.exports.budget, server.service.counters, server.service.fetcher
     connections = list(server.service.connections)
     served = [connection for connection in connections if connection.export is not None]
     return {
@@ -93,6 +94,8 @@ def _status(server: "Server", find: str) -> dict[str, Any]:
             "index": sum(device.index_pages for device in devices) * PAGE,
             "disk": sum(device.disk_pages for device in devices) * PAGE,
             "disk_content": sum(device.disk_clusters for device in devices) * CLUSTER,
+            "remote": sum(device.remote_pages for device in devices) * PAGE,
+            "remote_content": sum(device.remote_clusters for device in devices) * CLUSTER,
             "stored": sum(device.stored_bytes for device in devices),
             "waiting": len(budget.waiting),
         },
@@ -105,12 +108,13 @@ def _status(server: "Server", find: str) -> dict[str, Any]:
             }
             for area in server.areas
         ],
+        "remote": server.remote and remote_facts(server.remote),
         "latency_s": {
             "bounds": BOUNDS_S,
             "read": Histogram.total([counters.inline_seconds["read"], counters.task_seconds["read"]]).counts,
             "write": Histogram.total([counters.inline_seconds["write"], counters.task_seconds["write"]]).counts,
             "fault": Histogram.total(
-                [*(device.ram_fault_seconds for device in devices), server.service.fetcher.seconds]
+                [*(device.ram_fault_seconds for device in devices), fetcher.seconds, fetcher.remote_seconds]
             ).counts,
             "loop": server.lag.seconds.counts,
         },
@@ -124,7 +128,9 @@ def _status(server: "Server", find: str) -> dict[str, Any]:
 
 
 def _importance(export: "Export") -> tuple[int, int]:
-    return export.connections, export.device.resident_pages + export.device.cold_pages + export.device.disk_pages
+    device = export.device
+    held = device.resident_pages + device.cold_pages + device.disk_pages + device.remote_pages
+    return export.connections, held
 
 
 def _export(export: "Export") -> dict[str, Any]:
@@ -138,12 +144,14 @@ def _export(export: "Export") -> dict[str, Any]:
         "resident": device.resident_pages * PAGE,
         "compressed": device.cold_pages * PAGE,
         "disk": device.disk_pages * PAGE,
+        "remote": device.remote_pages * PAGE,
         "connections": export.connections,
         "requests": sum(counters.operations.values()),
         "read_bytes": counters.read_bytes,
         "written_bytes": counters.written_bytes,
         "ram_faults": device.ram_faults,
         "disk_faults": device.disk_faults,
+        "remote_faults": device.remote_faults,
         "errors": sum(counters.errors.values()),
         "integrity_errors": device.integrity_errors,
     }

@@ -116,6 +116,7 @@ def facts(export: "Export") -> Facts:
         "resident": device.resident_pages * PAGE,
         "compressed": device.cold_pages * PAGE,
         "disk": device.disk_pages * PAGE,
+        "remote": device.remote_pages * PAGE,
     }
 
 

@@ -110,7 +110,7 @@ async def test_stats_tell_where_the_memory_is(tmp_path: Path) -> None:
         screen = (await run("stats", "--control", control)).output
         assert "of 64 MiB used" in screen
         rows = {line.split()[0]: line.split() for line in screen.splitlines() if line}
-        assert rows["one"] == ["one", "1", "TiB", "192", "KiB", "0", "bytes", "0", "bytes"]
+        assert rows["one"] == ["one", "1", "TiB", "192", "KiB", *["0", "bytes"] * 3]
         assert rows["connections"] == ["connections", "1"]
         told = json.loads((await run("stats", "--json", "--control", control)).output)
         assert [export["resident"] for export in told["exports"]] == [3 * CLUSTER, 0]
@@ -252,6 +252,7 @@ def test_the_picture_of_nothing_says_so() -> None:
 
 def test_rates_and_ratios_are_of_what_was_measured() -> None:
     export = {"name": "x" * 40, "maximum": GIB, "resident": 0, "compressed": MIB, "compressed_from": 4 * MIB}
+    export |= {"remote": 3 * MIB, "remote_from": 6 * MIB}
     export |= {"disk": MIB, "disk_from": 2 * MIB, "index": PAGE, "integrity_errors": 1}
     times = {"p50": 5e-6, "p99": 17e-6}
     reclaim = dict.fromkeys(("compressed", "dropped_clean", "zeros", "demoted", "thrown_away"), 0)
@@ -263,10 +264,13 @@ def test_rates_and_ratios_are_of_what_was_measured() -> None:
             "ram_seconds": times,
             "disk": 0,
             "disk_seconds": dict.fromkeys(times),
+            "remote": 9,
+            "remote_seconds": times,
             "refaulted_pages": 0,
         },
         "reclaim": reclaim | {"compressed": 300},
         "swap": [{}],
+        "remote": {"failing": True},
         **dict.fromkeys(("write_waits", "errors", "connections"), 0),
     }
     rows = {line[:20].strip(): line[20:] for line in render({**now, "reclaim": reclaim}, now, 2.0).splitlines()}
@@ -275,5 +279,7 @@ def test_rates_and_ratios_are_of_what_was_measured() -> None:
     assert rows["on disk"] == "1 MiB for 2 MiB (0.50)"
     assert rows["faults from RAM"] == "7 (p50 5 us, p99 17 us)"
     assert rows["faults from disk"] == "0"
+    assert rows["remote"] == "3 MiB for 6 MiB (0.50); it takes nothing for now"
+    assert rows["faults from remote"] == "9 (p50 5 us, p99 17 us)"
     assert rows["reclaim"] == "150 clusters/s; 300 in all, 0 thrown away"
     assert rows["errors"] == "0, damaged images 1"

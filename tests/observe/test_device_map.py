@@ -18,7 +18,7 @@ def made(size: int = TIB) -> Device:
 
 def drawn_bytes(drawn: device_map.DeviceMap) -> list[float]:
     """Bytes by tier, as the cells tell them: to a 255th of a cell."""
-    return [sum(drawn.cells[tier::4]) / 255 * drawn.cell_bytes for tier in range(3)]
+    return [sum(drawn.cells[tier::5]) / 255 * drawn.cell_bytes for tier in range(4)]
 
 
 def test_a_device_that_was_never_written_has_no_cells() -> None:
@@ -33,7 +33,7 @@ def test_only_what_was_written_is_drawn() -> None:
     drawn = device_map.draw(device)
     assert drawn.spans == [(3 * CLUSTER, 4 * CLUSTER), (TIB - CLUSTER, TIB)]
     assert drawn.cell_bytes == CLUSTER
-    assert drawn.cells == bytes((255, 0, 0, 255, 16, 0, 0, 255))
+    assert drawn.cells == bytes((255, 0, 0, 0, 255, 16, 0, 0, 0, 255))
 
 
 def test_drawing_allocates_nothing() -> None:
@@ -58,20 +58,23 @@ def test_cells_tell_what_the_extents_tell() -> None:
     expected: Counter[int] = Counter()
     for start, end, tier in device.extents(0, 4000 * CLUSTER):
         expected[tier] += end - start
-    assert len(drawn.cells) <= 4 * 100
-    resident, compressed, disk = drawn_bytes(drawn)
+    assert len(drawn.cells) <= 5 * 100
+    resident, compressed, disk, remote = drawn_bytes(drawn)
     slack = 100 * drawn.cell_bytes / 255
     assert expected[Tier.RESIDENT] <= resident <= expected[Tier.RESIDENT] + slack
     assert expected[Tier.RAM] <= compressed <= expected[Tier.RAM] + slack
-    assert disk == 0
+    assert disk == remote == 0
 
 
-def test_pages_on_disk_are_told_apart() -> None:
+def test_pages_on_disk_and_in_a_remote_are_told_apart() -> None:
     words = b"".join(
         word.to_bytes(8, "little")
-        for word in (0xFFFFFFFF, 0x3 | 0x800 << 32 | Tier.RAM << 50, 0x10001 | 0x800 << 32 | Tier.DISK << 50, 0)
+        for word in (
+            *(0xFFFFFFFF, 0x3 | 0x800 << 32 | Tier.RAM << 50, 0x10001 | 0x800 << 32 | Tier.DISK << 50, 0),
+            *(0x7 | 0x800 << 32 | Tier.REMOTE << 50, 0x800 << 32 | Tier.REMOTE << 50),
+        )
     )
-    assert device_map._pages_by_tier(words) == (16 + 2 + 1, 14, 15)
+    assert device_map._pages_by_tier(words) == (16 + 2 + 1 + 3, 14, 15, 13 + 16)
 
 
 def test_a_scattered_device_has_a_bounded_number_of_cells() -> None:
@@ -80,5 +83,5 @@ def test_a_scattered_device_has_a_bounded_number_of_cells() -> None:
         device.write(at, b"x" * 20 * CLUSTER)
     drawn = device_map.draw(device)
     assert len(drawn.spans) == 256
-    assert len(drawn.cells) <= 4 * device_map.MAX_CELLS
-    assert sum(drawn.cells[0::4]) * drawn.cell_bytes / 255 >= 256 * 20 * CLUSTER
+    assert len(drawn.cells) <= 5 * device_map.MAX_CELLS
+    assert sum(drawn.cells[0::5]) * drawn.cell_bytes / 255 >= 256 * 20 * CLUSTER

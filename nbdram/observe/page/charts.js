@@ -146,7 +146,7 @@ export class Chart {
   }
 }
 
-const MAP_TIERS = ["resident", "compressed", "disk"];
+const MAP_TIERS = ["resident", "compressed", "disk", "remote"], CELL = MAP_TIERS.length + 1;
 
 /** The map of a device on a canvas: a square for each part of it, with the colour of the tier that has most of it. */
 export class DeviceMap {
@@ -176,7 +176,7 @@ export class DeviceMap {
   update(map) {
     this.map = map;
     this.cells = Uint8Array.from(atob(map.cells), (character) => character.charCodeAt(0));
-    this.count = this.cells.length / 4;
+    this.count = this.cells.length / CELL;
     this.draw();
     const summary = this.summary();
     const shares = Object.entries(summary).map(([tier, size]) => `${bytes(size)} ${tier}`).join(", ");
@@ -203,7 +203,7 @@ export class DeviceMap {
     context.scale(scale, scale);
     const gap = this.pitch > 8 ? 1.5 : 1;
     for (let i = 0; i < this.count; i++) {
-      const parts = [...this.cells.subarray(4 * i, 4 * i + 3)], heat = this.cells[4 * i + 3] / 255;
+      const parts = [...this.cells.subarray(4 * i, 4 * i + 3)], heat = this.cells[CELL * i + CELL - 1] / 255;
       const filled = Math.min(1, (parts[0] + parts[1] + parts[2]) / 255);
       let fill = color.track;
       if (filled) {
@@ -243,13 +243,13 @@ export class DeviceMap {
       if (start < after) break;
       left -= after - first;
     }
-    const parts = MAP_TIERS.map((tier, t) => [tier, this.cells[4 * i + t] / 255]).filter(([, share]) => share);
-    return { start, parts, heat: this.cells[4 * i + 3] / 255 };
+    const parts = MAP_TIERS.map((tier, t) => [tier, this.cells[CELL * i + t] / 255]).filter(([, share]) => share);
+    return { start, parts, heat: this.cells[CELL * i + CELL - 1] / 255 };
   }
 
   summary() {
-    const sums = [0, 0, 0];
-    for (let i = 0; i < this.count; i++) for (let t = 0; t < 3; t++) sums[t] += this.cells[4 * i + t];
+    const sums = MAP_TIERS.map(() => 0);
+    for (let i = 0; i < this.count; i++) for (let t = 0; t < sums.length; t++) sums[t] += this.cells[CELL * i + t];
     return Object.fromEntries(MAP_TIERS.map((tier, t) => [tier, (sums[t] / 255) * this.map.cell_bytes]));
   }
 

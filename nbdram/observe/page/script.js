@@ -4,8 +4,8 @@ import { Chart, DeviceMap, bytes, count, duration, el, rate, span, table } from 
 
 const PERIOD_MS = 1000, SLOW_EVERY = 2, WINDOW = 10;
 const $ = (id) => document.getElementById(id);
-const TIERS = [["resident", "resident"], ["compressed", "compressed"], ["disk", "on disk"]];
-const STACK = [{ key: "resident", label: "resident", color: "resident" }, { key: "compressed", label: "compressed", color: "compressed" }, { key: "disk", label: "on disk", color: "disk" }];
+const TIERS = [["resident", "resident"], ["compressed", "compressed"], ["disk", "on disk"], ["remote", "remote"]];
+const STACK = [{ key: "resident", label: "resident", color: "resident" }, { key: "compressed", label: "compressed", color: "compressed" }, { key: "disk", label: "on disk", color: "disk" }, { key: "remote", label: "remote", color: "remote" }];
 const TRAFFIC = [{ key: "read_bytes", label: "read", color: "read" }, { key: "written_bytes", label: "written", color: "write" }];
 
 let paused = false, ticks = 0, states = [], cards = new Map();
@@ -66,11 +66,12 @@ function showServer(status) {
 
 // -- memory ------------------------------------------------------------------------------------------
 
-function showMemory({ memory, swap, attach, exports }) {
+function showMemory({ memory, swap, remote, attach, exports }) {
   const ram = memory.resident + memory.compressed + memory.index;
   if (memory.stored) {
     put($("stored"), bytes(memory.stored));
-    put($("stored-in"), `stored in ${bytes(ram)} of RAM` + (memory.disk ? ` and ${bytes(memory.disk)} on disk` : ""));
+    put($("stored-in"), `stored in ${bytes(ram)} of RAM` + (memory.disk ? `, ${bytes(memory.disk)} on disk` : "")
+      + (memory.remote ? `, ${bytes(memory.remote)} in the memory of other machines` : ""));
   } else {
     put($("stored"), "Empty");
     put($("stored-in"), "nothing is stored yet");
@@ -92,6 +93,13 @@ function showMemory({ memory, swap, attach, exports }) {
     bar(made.lastChild, [["disk", "used", used]], size);
     return made;
   });
+  if (remote) {
+    areas.push(el("div", {}, el("p", { className: "quiet", textContent: `Remote: ${bytes(remote.used)}${remote.max ? ` of ${bytes(remote.max)}` : ""} in ${remote.url}${remote.failing ? " — takes nothing for now" : ""}` })));
+    if (remote.max) {
+      areas.at(-1).append(el("div", { className: "bar", role: "img", ariaLabel: `${bytes(remote.used)} of ${bytes(remote.max)} used` }));
+      bar(areas.at(-1).lastChild, [["remote", "used", remote.used]], remote.max);
+    }
+  }
   $("swap").replaceChildren(...areas);
 }
 
@@ -102,8 +110,8 @@ function saying(memory, attach, exports) {
     return unix ? `Attach it with: nbd-client -unix ${unix.slice(5)} /dev/nbd0 -N ${name}` : "";
   }
   const said = [];
-  const cold = memory.compressed_content + memory.disk_content;
-  const taken = memory.compressed + memory.disk;
+  const cold = memory.compressed_content + memory.disk_content + memory.remote_content;
+  const taken = memory.compressed + memory.disk + memory.remote;
   if (cold) said.push(`${bytes(cold)} of cold data are compressed to ${bytes(taken)}, ${Math.round((100 * taken) / cold)} %`);
   else said.push("all of it is resident; nothing had to be compressed yet");
   if (memory.waiting) said.push(`${memory.waiting} writers wait for memory`);
@@ -185,7 +193,7 @@ class Card {
     put(stored, `${bytes(now.stored)} of ${bytes(now.size)}`);
     const per = (key) => (before && seconds > 0 ? Math.max(0, now[key] - before[key]) / seconds : 0);
     put(rates, `read ${rate(per("read_bytes"))} · written ${rate(per("written_bytes"))}`);
-    const held = now.resident + now.compressed + now.disk;
+    const held = now.resident + now.compressed + now.disk + now.remote;
     bar(tierBar, TIERS.map(([key, label]) => [key, label, now[key]]), Math.max(1, held));
     tierBar.setAttribute("aria-label", TIERS.map(([key, label]) => `${bytes(now[key])} ${label}`).join(", "));
     if (!this.root.open) return;
@@ -198,7 +206,7 @@ class Card {
         el("li", { className: "heat" }, el("span", { textContent: "idle to touched lately" })));
     }
     const values = [["Requests", count(now.requests)], ["Read", bytes(now.read_bytes)], ["Written", bytes(now.written_bytes)],
-      ["Faults from RAM", count(now.ram_faults)], ["Faults from disk", count(now.disk_faults)], ["Errors", count(now.errors)]];
+      ["Faults from RAM", count(now.ram_faults)], ["Faults from disk", count(now.disk_faults)], ["Faults from the remote", count(now.remote_faults)], ["Errors", count(now.errors)]];
     facts.replaceChildren(...values.map(([term, value]) => el("div", {}, el("dt", { textContent: term }), el("dd", { textContent: value }))));
   }
 
