@@ -36,6 +36,7 @@ from nbdram.observe.lag import LoopLag
 from nbdram.observe.status import status_pages
 from nbdram.observe.web import WebServer, pages
 from nbdram.protocol.handshake import TlsPolicy
+from nbdram.server import notify
 from nbdram.server.admin import Admin
 from nbdram.server.connection import MAX_CONNECTIONS, Connection, Service
 from nbdram.server.exports import Exports
@@ -277,9 +278,13 @@ async def serve(settings: ServeSettings) -> None:
     stopping = asyncio.Event()
     _on_signals(stopping)
     announce(server)
+    notify.tell("READY=1")
+    watchdog = asyncio.create_task(notify.feed_watchdog())
     await stopping.wait()
     log.info("stopping")
+    notify.tell("STOPPING=1")
     await server.stop()
+    watchdog.cancel()
 
 
 def _swap_areas(settings: ServeSettings, state: StateDirectory | None) -> list[SwapArea]:

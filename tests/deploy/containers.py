@@ -1,5 +1,6 @@
 """Images and containers of a test's own: buildah and podman with storage in a directory that goes with the test."""
 
+import os
 import subprocess
 import sys
 import time
@@ -25,36 +26,48 @@ LOCKED: Final = ("--read-only", "--read-only-tmpfs=false", "--cap-drop", "all", 
 
 @dataclass(frozen=True)
 class Box:
-    """Container storage below `directory`."""
+    """Container storage below `directory`, which is best on tmpfs: files are copied a lot, and synced."""
 
     directory: Path
+
+    def podman(self, *arguments: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
+        apart = [f"--tmpdir={self.directory}/libpod", "--cgroup-manager=cgroupfs", "--runtime=runc"]
+        return self._run("podman", *self._storage, *apart, *arguments, ok=ok)
 
     @property
     def _storage(self) -> list[str]:
         return ["--root", f"{self.directory}/root", "--runroot", f"{self.directory}/run", "--storage-driver", "vfs"]
 
-    def podman(self, *arguments: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
-        manager = ["--cgroup-manager", "cgroupfs", "--runtime", "runc"]
-        return _run([tool("podman"), *self._storage, *manager, *arguments], ok=ok)
+    def _run(self, program: str, *arguments: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
+        settings = self.directory / "containers.conf"
+        settings.write_text('[engine]\nlock_type = "file"\n')  # else every podman of this host shares one set of locks
+        environment = {**os.environ, "TMPDIR": str(self.directory), "CONTAINERS_CONF": str(settings)}
+        command = [tool(program), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+        assert not ok or done.returncode == 0, f"{' '.join(command)}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
+        return done
 
     def make_base(self) -> None:
         """The image that ours is built on, from Debian's packages: a stand-in for the one of a registry."""
         archive = self.directory / "base.tar"
         options = ["--quiet", "--variant=apt", '--aptopt=Acquire::Languages "none"', "--include=python3-venv"]
-        _run([tool("mmdebstrap"), *options, "bookworm", str(archive)])
+        self._run("mmdebstrap", *options, "bookworm", str(archive))
         self.podman("import", "--quiet", str(archive), BASE)
         archive.unlink()
 
     def build(self) -> None:
         """Our image, from deploy/Dockerfile, with libraries that were fetched before."""
         wheels = self.directory / "wheels"
-        _download(wheels)
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+        wanted = [*project["project"]["dependencies"], *project["build-system"]["requires"], "wheel"]
+        for_debian = ["--only-binary=:all:", "--python-version=3.11", f"--dest={wheels}"]
+        self._run(sys.executable, "-m", "pip", "download", "--quiet", *for_debian, *wanted)
         arguments = {"BASE": BASE, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/wheels"}
         options = [word for name, value in arguments.items() for word in ("--build-arg", f"{name}={value}")]
         options += ["--isolation", "chroot", "--format", "docker", "--pull-never", "--volume", f"{wheels}:/wheels:ro"]
         options += ["--ignorefile", str(ROOT / "deploy/Dockerfile.dockerignore")]
         file = str(ROOT / "deploy/Dockerfile")
-        _run([tool("buildah"), *self._storage, "bud", *options, "-f", file, "-t", IMAGE, str(ROOT)])
+        self._run("buildah", *self._storage, "bud", *options, "-f", file, "-t", IMAGE, str(ROOT))
 
     def start(self, name: str, *options: str, command: Sequence[str] = ()) -> None:
         """Our image as a sidecar, without a network."""
@@ -64,7 +77,7 @@ class Box:
         """Run a program of this host in another container, as the user that the socket belongs to; what it prints."""
         shared = [f"--volume={volume}" for volume in ("/usr:/usr:ro", *volumes)]
         options = ["--network=none", "--user=10809:10809", "--cap-drop=all", *_LIMITS, *shared]
-        return self.podman("run", "--rm", *options, BASE, *command).stdout
+        return self.podman("run", *options, BASE, *command).stdout
 
     def healthy(self, name: str) -> None:
         """Wait until the image's own health check succeeds."""
@@ -80,17 +93,3 @@ class Box:
     def remove_all(self) -> None:
         self.podman("rm", "--all", "--force", "--time=0", ok=False)
         self.podman("rmi", "--all", "--force", ok=False)
-
-
-def _download(target: Path) -> None:
-    """Wheels of all libraries for the Python of Debian 12, and what builds ours."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    wanted = [*project["project"]["dependencies"], *project["build-system"]["requires"], "wheel"]
-    options = ["--only-binary=:all:", "--python-version=3.11", "--dest", str(target)]
-    _run([sys.executable, "-m", "pip", "download", "--quiet", *options, *wanted])
-
-
-def _run(command: Sequence[str], *, ok: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert not ok or done.returncode == 0, f"{' '.join(command)}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
-    return done
