@@ -60,8 +60,9 @@ class Box:
         wheels = self.directory / "wheels"
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())
         wanted = [*project["project"]["dependencies"], *project["build-system"]["requires"], "wheel"]
-        for_debian = ["--only-binary=:all:", "--python-version=3.11", f"--dest={wheels}"]
-        self._run(sys.executable, "-m", "pip", "download", "--quiet", *for_debian, *wanted)
+        # By Debian's own Python, which is the image's: some libraries ask for others, depending on its version.
+        for_debian = ["--python=/usr/bin/python3", "download", "--quiet", "--only-binary=:all:", f"--dest={wheels}"]
+        self._run(sys.executable, "-m", "pip", *for_debian, *wanted)
         arguments = {"BASE": BASE, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/wheels"}
         options = [word for name, value in arguments.items() for word in ("--build-arg", f"{name}={value}")]
         options += ["--isolation", "chroot", "--format", "docker", "--pull-never", "--volume", f"{wheels}:/wheels:ro"]
