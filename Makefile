@@ -7,7 +7,8 @@ BIN := .venv/bin
 DEMO_PACKAGES := python3-venv user-mode-linux nbd-client e2fsprogs iproute2 kmod
 # What the tests and benchmarks need besides: real clients and peers.
 TEST_PACKAGES := $(DEMO_PACKAGES) libnbd-bin python3-libnbd qemu-utils fio nbdkit prometheus chromium chromium-driver \
-	redis-server podman buildah runc mmdebstrap systemd
+	redis-server podman buildah runc mmdebstrap systemd \
+	xfsprogs btrfs-progs
 
 .PHONY: setup demo test bench lint clean packages-demo packages-test
 

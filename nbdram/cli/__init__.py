@@ -23,6 +23,8 @@ _COMMANDS = {
     "list": "list_exports",
     "info": "info",
     "map": "map_extents",
+    "mount": "mount",
+    "umount": "umount",
     "attach": "attach",
     "detach": "detach",
     "keeper": "keeper",

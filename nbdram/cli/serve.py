@@ -6,6 +6,7 @@ from pathlib import Path
 
 import uvloop
 
+from nbdram.client.resident import stay_out_of_the_way
 from nbdram.config import (
     DEFAULT_METRICS,
     ExportSettings,
@@ -99,6 +100,11 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help=f"where Prometheus metrics and the status page are served, over HTTP (default: {DEFAULT_METRICS.netloc}, "
         "if that is free)",
     )
+    parser.add_argument(
+        "--same-host",
+        action="store_true",
+        help="its devices are mounted on this host: be spared, and wait for none of them, when memory is short",
+    )
     parser.add_argument("--log-format", choices=logs.FORMATS, default="text", help="json: one object a line")
     parser.add_argument("-v", "--verbose", action="store_true", help="log every connection")
     parser.set_defaults(run=run)
@@ -126,6 +132,8 @@ def run(arguments: argparse.Namespace) -> int:
         tls=_tls(arguments),
     )
     settings.check()
+    if arguments.same_host:
+        stay_out_of_the_way()
     uvloop.run(serve(settings))
     return 0
 

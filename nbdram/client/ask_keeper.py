@@ -1,35 +1,62 @@
-"""Ask the keeper for something, and start it if there is none. Imports little: every command goes this way."""
+"""Ask the keeper for something, and start it if there is none. Imports little: every command goes this way.
 
+Who asks holds the *door*, a lock that many can share; a keeper that has nothing left to keep ends only while it has
+the door for itself. So none ends between our finding it and its answer.
+"""
+
+import fcntl
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from nbdram.errors import NbdramError
 
 SOCKET_NAME: Final = "keeper.sock"
+DOOR_NAME: Final = "keeper.door"
 LOG_NAME: Final = "keeper.log"
 _START_TIMEOUT_S: Final = 30.0
 _ANSWER_TIMEOUT_S: Final = 120.0
+_ROOTS: Final = "the keeper's socket is root's: run it as root, or with sudo"
 
 
 def ask(directory: Path, what: str, **details: Any) -> dict[str, Any]:
     """The keeper's answer; a keeper is started if there is none. NbdramError with what it says is wrong."""
-    sock = _connect(directory)
-    if sock is None:
-        _start(directory)
-        sock = _await(directory)
-    return _converse(sock, {"do": what, **details})
+    with _door(directory):
+        sock = _connect(directory)
+        if sock is None:
+            _start(directory)
+            sock = _await(directory)
+        return _converse(sock, {"do": what, **details})
 
 
 def ask_if_running(directory: Path, what: str, **details: Any) -> dict[str, Any] | None:
     """The same, but None if there is no keeper."""
-    sock = _connect(directory)
-    return _converse(sock, {"do": what, **details}) if sock else None
+    if not directory.exists():
+        return None
+    with _door(directory):
+        sock = _connect(directory)
+        return _converse(sock, {"do": what, **details}) if sock else None
+
+
+@contextmanager
+def _door(directory: Path) -> Iterator[None]:
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(directory / DOOR_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except PermissionError:
+        raise NbdramError(_ROOTS) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _converse(sock: socket.socket, question: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +78,7 @@ def _connect(directory: Path) -> socket.socket | None:
         sock.connect(str(directory / SOCKET_NAME))
     except PermissionError:
         sock.close()
-        raise NbdramError("the keeper's socket is root's: run it as root, or with sudo") from None
+        raise NbdramError(_ROOTS) from None
     except OSError:
         sock.close()
         return None
@@ -60,7 +87,6 @@ def _connect(directory: Path) -> socket.socket | None:
 
 def _start(directory: Path) -> None:
     """Start a keeper that ends when it has nothing left to keep; another one may win the race, which is fine."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     argv = [sys.executable, "-P", "-m", "nbdram", "keeper", "--until-idle", "--directory", str(directory)]
     with (directory / LOG_NAME).open("ab") as log:
         subprocess.Popen(

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from nbdram.client import sysfs
-from nbdram.client.ask_keeper import SOCKET_NAME
+from nbdram.client.ask_keeper import DOOR_NAME, SOCKET_NAME
 from nbdram.client.attachment import Attachment, Notes
 from nbdram.client.kept import KeptDevice
+from nbdram.client.mount_watch import MountWatch
 from nbdram.errors import NbdramError
 
 log = logging.getLogger("nbdram.keeper")
@@ -38,6 +39,7 @@ class Keeper:
     def __init__(self, directory: Path) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock_file = _lock(directory / _LOCK_NAME)
+        self._door = os.open(directory / DOOR_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self.notes = Notes(directory)
         self._devices: dict[int, KeptDevice] = {}
         self._guard = threading.Lock()
@@ -49,9 +51,12 @@ class Keeper:
         """Go on with what is attached, then answer; `until_idle`: until there is nothing left to keep."""
         for attachment in self.notes.find():
             self._devices[attachment.index] = KeptDevice.adopt(attachment, self.notes)
+        MountWatch().start()
         if until_idle:
             threading.Thread(target=self._stop_when_idle, daemon=True).start()
         self._listener.serve_forever(poll_interval=0.2)
+        self._listener.server_close()
+        os.close(self._lock_file)
 
     def stop(self) -> None:
         """May be called from any thread, or from a signal's handler."""
@@ -106,11 +111,19 @@ class Keeper:
 
     def _stop_when_idle(self) -> None:
         idle = 0.0
-        while idle < _LINGER_S:
+        while idle < _LINGER_S or not self._shut_door():
             threading.Event().wait(0.25)
             idle = 0.0 if self._busy or self._kept() else idle + 0.25
         log.info("nothing left to keep")
         self._listener.shutdown()
+
+    def _shut_door(self) -> bool:
+        """Until this process is gone nobody comes in to ask; False if somebody is in."""
+        try:
+            fcntl.flock(self._door, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
 
 class _Listener(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):

@@ -1,0 +1,189 @@
+"""`nbdram mount`: server, device, file system, mount; all of it or nothing.
+
+The steps, each with its undo: a tmpfs for the server's state; the server; the device, held by the keeper, which also
+starts the server again if it dies; a file system, unless there is one; the mount. What was kept from a mount before
+is taken up instead of made.
+"""
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+from nbdram.client import filesystems, local_server, sysfs
+from nbdram.client.ask_keeper import ask
+from nbdram.client.attachment import default_directory
+from nbdram.client.filesystems import FILE_SYSTEMS
+from nbdram.client.mount_notes import MountNote, Place
+from nbdram.client.mountinfo import mounted_at
+from nbdram.client.undoing import Steps, all_or_nothing
+from nbdram.config import SwapSettings
+from nbdram.errors import NbdramError, UsageError
+
+MODULE: Final = Path("/sys/module/nbd")
+_DEFAULT_KIND: Final = "ext4"
+_UNKNOWN_OPTIONS: Final = "noatime"
+# Besides the budget: a server must never find its file system full, and a limit costs nothing.
+_STATE_ROOM_BYTES: Final = 64 << 20
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be mounted where: an export of `uri`, or if that is "", a device of `size` bytes on this host.
+
+    `kind` is "" to leave the file system to us. `owner` and `mode` of its root are None to take the mount point's.
+    `attach` is for the keeper, as `nbdram attach` tells it.
+    """
+
+    point: Path
+    name: str
+    size: int = 0
+    memory: int = 0
+    uri: str = ""
+    kind: str = ""
+    journal: bool = False
+    options: str = ""
+    uid: int | None = None
+    gid: int | None = None
+    mode: int | None = None
+    keep: bool = False
+    nonempty: bool = False
+    index: int = -1
+    swap: tuple[SwapSettings, ...] = ()
+    metrics: str = "off"
+    attach: dict[str, Any] = field(default_factory=dict)
+
+
+def mount(wanted: Wanted) -> MountNote:
+    """Do it; the note of it. NbdramError says what is in the way, and nothing is left then."""
+    check_point(wanted.point, nonempty=wanted.nonempty)
+    _need_module()
+    place = Place(wanted.name)
+    with place.locked():
+        kept = _what_was_kept(place)
+        with all_or_nothing() as steps:
+            note = _note(wanted, place, kept)
+            steps.undo_with(_forget, place, kept)
+            place.make()
+            place.write(note)
+            if note.server:
+                _serve(wanted, place, note, steps, kept)
+            note = _attach(wanted, place, note, steps)
+            return _mount(wanted, place, note, steps)
+
+
+def check_point(point: Path, *, nonempty: bool) -> None:
+    """UsageError if something is in the way at the mount point."""
+    if not point.exists():
+        raise UsageError(f"{point} does not exist: make it, with mkdir")
+    if not point.is_dir():
+        raise UsageError(f"{point} is not a directory: choose one to mount on")
+    if there := mounted_at(point):
+        raise UsageError(
+            f"{there.source} ({there.kind}) is mounted at {point}: unmount it, or choose another directory"
+        )
+    if not nonempty and any(point.iterdir()):
+        raise UsageError(f"{point} is not empty: choose an empty directory, or hide what is in it with --nonempty")
+
+
+def _need_module() -> None:
+    if not MODULE.exists() and (modprobe := shutil.which("modprobe", path="/usr/sbin:/sbin")):
+        subprocess.run([modprobe, "--quiet", "nbd"], stdin=subprocess.DEVNULL, check=False)
+    if not MODULE.exists():
+        raise NbdramError("this kernel has no network block devices: load the module with `modprobe nbd`")
+
+
+def _what_was_kept(place: Place) -> MountNote | None:
+    """The note of a mount of this name whose data is there and is not mounted."""
+    note = place.read()
+    if note is None:
+        return None
+    if note.is_mounted:
+        raise NbdramError(f"{place.name!r} is mounted at {note.point}: unmount it, or give this one another --name")
+    if note.device or not note.keep or not mounted_at(place.state):
+        raise NbdramError(f"a mount of {place.name!r} was cut short: clean up with `nbdram umount {note.point}`")
+    return note
+
+
+def _note(wanted: Wanted, place: Place, kept: MountNote | None) -> MountNote:
+    if wanted.uri:
+        if kept:
+            raise NbdramError(f"data is kept under the name {place.name!r}: give this mount another --name")
+        return MountNote(place.name, str(wanted.point), wanted.uri)
+    # What has grown does not shrink; what shall be larger does grow.
+    size = max(wanted.size, kept.size if kept else 0)
+    server = local_server.command(place, size, wanted.memory, wanted.swap, wanted.metrics)
+    uri = f"nbd+unix:///{place.name}?socket={place.socket}"
+    return MountNote(place.name, str(wanted.point), uri, size=size, keep=wanted.keep, server=server)
+
+
+def _forget(place: Place, kept: MountNote | None) -> None:
+    if kept:
+        place.write(kept)
+    else:
+        place.remove()
+
+
+def _serve(wanted: Wanted, place: Place, note: MountNote, steps: Steps, kept: MountNote | None) -> None:
+    limit = f"size={2 * wanted.memory + _STATE_ROOM_BYTES}"
+    if kept:
+        filesystems.remount_tmpfs(place.state, limit)
+    else:
+        place.state.mkdir(mode=0o700, exist_ok=True)
+        steps.undo_with(_drop_state, place)
+        filesystems.mount_tmpfs(place.state, limit)
+    steps.undo_with(local_server.stop, place.state)
+    local_server.start(place, note.server)
+
+
+def _drop_state(place: Place) -> None:
+    if mounted_at(place.state):
+        filesystems.unmount(place.state)
+
+
+def _attach(wanted: Wanted, place: Place, note: MountNote, steps: Steps) -> MountNote:
+    with steps.uninterrupted():
+        details = {"uri": note.uri, "index": wanted.index, "server": note.server, **wanted.attach}
+        made = ask(default_directory(), "attach", **details)
+        steps.undo_with(_detach, made["device"])
+        note = replace(note, device=made["device"], size=made["size"])
+        place.write(note)
+    return note
+
+
+def _detach(device: str) -> None:
+    ask(default_directory(), "detach", index=sysfs.index_of(device))
+
+
+def _mount(wanted: Wanted, place: Place, note: MountNote, steps: Steps) -> MountNote:
+    device, point = Path(note.device), wanted.point
+    under = point.stat()
+    found = filesystems.found_on(device)
+    if found and wanted.kind and found != wanted.kind:
+        raise NbdramError(f"there is {found} on {note.uri}, not {wanted.kind}: leave --fs out to mount what is there")
+    note = replace(note, kind=found or wanted.kind or _DEFAULT_KIND)
+    system = FILE_SYSTEMS.get(note.kind)
+    if not found:
+        if system is None:
+            raise UsageError(f"nbdram can't make {note.kind}: choose one of {', '.join(FILE_SYSTEMS)}")
+        filesystems.make(system, device, journal=wanted.journal)
+    options = [system.options if system else _UNKNOWN_OPTIONS, wanted.options]
+    steps.undo_with(_unmount, point, note.device)
+    filesystems.mount(note.kind, ",".join(filter(None, options)), device, point)
+    if not found:
+        os.chown(point, _or(wanted.uid, under.st_uid), _or(wanted.gid, under.st_gid))
+        point.chmod(_or(wanted.mode, under.st_mode & 0o7777))
+    place.write(note)
+    return note
+
+
+def _unmount(point: Path, device: str) -> None:
+    there = mounted_at(point)
+    if there and there.source == device:
+        filesystems.unmount(point)
+
+
+def _or(asked: int | None, default: int) -> int:
+    return default if asked is None else asked

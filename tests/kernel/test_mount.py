@@ -1,0 +1,194 @@
+"""`nbdram mount` and `umount` with a real kernel: one command each, and nothing is left of what goes wrong."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.kernel.attaching import TOOLS, boot, said
+from tests.kernel.guest import Guest, require_tools
+
+MORE_TOOLS = {"mkfs.xfs": "xfsprogs", "mkfs.btrfs": "btrfs-progs", "blkid": "util-linux"}
+
+LOOK = r"""
+export NOTES=/run/nbdram/mounts D=/run/scratch
+mkdir $D
+clean() { # nothing is left of a mount
+    if grep "$NOTES\|$D" /proc/mounts || pgrep -af 'nbdram serve' || nbdram attach --status | grep .; then exit 1; fi
+    [ -z "$(ls $NOTES)" ] || { find $NOTES; exit 1; }
+}
+until_there() { # these files exist, in time
+    for path; do
+        for _ in $(seq 200); do [ -e $path ] && continue 2; sleep 0.1; done
+        echo "never there: $path"; exit 1
+    done
+}
+"""
+
+
+@pytest.fixture
+def guest() -> Iterator[Guest]:
+    require_tools({**TOOLS, **MORE_TOOLS})
+    with Guest(memory="512M") as guest:
+        yield guest
+
+
+def test_a_file_system_in_ram_comes_and_goes_with_one_command_each(guest: Guest) -> None:
+    boot(
+        guest,
+        LOOK
+        + r"""
+        chmod 1770 $D
+        nbdram mount 1G $D --memory 64M --gid 27 --connections 2 | tee $TMPDIR/said
+        [ "$(cat $TMPDIR/said)" = "$D is 1 GiB of ext4 on /dev/nbd0, in at most 64 MiB of RAM" ]
+        grep -q "^/dev/nbd0 $D ext4 rw,noatime,discard 0 0" /proc/mounts
+        [ "$(stat -c '%a %u %g' $D)" = "1770 0 27" ]
+        [ $(cat /proc/$(pgrep -f 'nbdram serve')/oom_score_adj) -le -500 ]
+        [ "$(nbdram mount)" = "$(printf '%-24s %10s %-6s %-12s run-scratch' $D '1 GiB' ext4 /dev/nbd0)" ]
+
+        refused "is mounted at $D: unmount it" nbdram mount 1G $D
+        mkdir /run/other
+        refused "'run-scratch' is mounted at $D" nbdram mount 1G /run/other --name run-scratch
+        head -c 20M /dev/urandom >$D/file
+        sleep 60 <$D/file &
+        (cd $D && exec sleep 61) &
+        until [ $(pgrep -c sleep) = 2 ]; do sleep 0.1; done
+        refused "$D is in use by sleep (process [0-9]*), sleep (process [0-9]*): end that first" nbdram umount $D
+        kill $(pgrep sleep)
+        mount --bind $D /run/other
+        refused "is mounted at /run/other too" nbdram umount $D
+        umount /run/other
+        refused "nbdram has mounted nothing at /run/other" nbdram umount /run/other
+        nbdram umount $D | grep -q "^$D is unmounted, 2.* MiB are free again$"
+        clean
+
+        # What is kept is there again; it may be larger then, and is freed when told.
+        nbdram mount 1G $D --memory 64M --keep --name kept
+        echo precious >$D/file
+        nbdram umount kept | grep "its data is kept"
+        [ -d $NOTES/kept/state ]
+        nbdram mount 512M /run/other --name kept --memory 48M --keep | grep -q "1 GiB of ext4"
+        [ "$(cat /run/other/file)" = precious ]
+        nbdram umount /run/other
+        nbdram umount --free kept
+        clean
+
+        for kind in xfs btrfs; do
+            nbdram mount 1G $D --fs $kind --memory 128M -o nosuid | grep -q "1 GiB of $kind"
+            grep -q "^/dev/nbd0 $D $kind rw,nosuid,noatime" /proc/mounts
+            cp /etc/passwd $D
+            nbdram umount $D
+        done
+        clean
+
+        # As /etc/fstab has it, once the helper is where mount(8) looks; umount(8) needs none.
+        mkdir /run/sbin /run/helpers
+        mount --bind /usr/sbin /run/sbin
+        ln -s /run/sbin/* "${NBDRAM%nbdram}mount.nbdram" /run/helpers
+        mount --bind /run/helpers /usr/sbin
+        mount -t nbdram work $D -o size=256m,memory=64m,mode=1777,journal,nosuid,nofail,x-systemd.automount
+        grep -q "^/dev/nbd0 $D ext4 rw,nosuid,noatime,discard 0 0" /proc/mounts
+        [ "$(stat -c %a $D)" = 1777 ]
+        [ -d $NOTES/work ]
+        umount $D
+        until [ -z "$(nbdram mount)" ]; do sleep 0.1; done
+        clean
+        refused "say how large it is" mount -t nbdram work $D -o nosuid
+        refused "there is no option\|No such option\|failed: " mount -t nbdram work $D -o size=256m,memory=64m,nonsense
+        clean
+        """,
+    )
+    assert "Traceback" not in said(guest, "keeper.log")
+
+
+def test_an_export_of_any_server_is_mounted_by_its_uri(guest: Guest) -> None:
+    guest.serve("--export", "data=1GiB", "--export", "fixed=64MiB,ro", "--memory", "256MiB")
+    boot(
+        guest,
+        LOOK
+        + r"""
+        URI=nbd://$SERVER
+        nbdram mount $URI/data $D | grep -q "^$D is 1 GiB of ext4 on /dev/nbd0, which is $URI/data$"
+        echo precious >$D/file
+        nbdram umount $D | grep -q "^$D is unmounted$"
+        clean
+        refused "there is ext4 on $URI/data, not xfs" nbdram mount $URI/data $D --fs xfs
+        clean
+        nbdram mount $URI/data $D -o ro
+        [ "$(cat $D/file)" = precious ]
+        nbdram umount $D
+        refused "mkfs.ext4 failed" nbdram mount $URI/fixed $D
+        refused "there is no export of this name" nbdram mount $URI/nothing $D
+        clean
+        """,
+    )
+
+
+def test_a_step_that_fails_or_is_interrupted_undoes_those_before_it(guest: Guest) -> None:
+    guest.serve("--export", "disk=1GiB", "--memory", "64MiB")
+    boot(
+        guest,
+        LOOK
+        + r"""
+        mount="$NBDRAM mount 1G $D --memory 64M"
+        refused "needs CAP_SYS_ADMIN" setpriv --bounding-set=-sys_admin --inh-caps=-sys_admin "$NBDRAM" mount 1G $D
+        nbdram attach nbd://$SERVER/disk /dev/nbd3
+        refused "/dev/nbd3 is in use" $mount --device /dev/nbd3
+        nbdram detach /dev/nbd3
+        clean
+        refused "the server did not start: .*/proc/nothing" $mount --swap disk:/proc/nothing
+        clean
+        refused "mount failed: " $mount -o nonsense
+        clean
+
+        # Interrupted where it is slow, and where a child has done its work already: what is there is found.
+        mkdir $TMPDIR/bin
+        interrupted() {
+            rm -f $TMPDIR/here
+            PATH=$TMPDIR/bin:$PATH $mount --name slow & pid=$!
+            until_there $1
+            kill $pid
+            if wait $pid; then exit 1; fi
+            clean
+        }
+        interrupted $NOTES/slow/state
+        interrupted $NOTES/slow/server.log
+        printf '#!/bin/sh\ntouch $TMPDIR/here\nexec sleep 60\n' >$TMPDIR/bin/mkfs.ext4
+        chmod +x $TMPDIR/bin/mkfs.ext4
+        interrupted $TMPDIR/here
+        rm $TMPDIR/bin/mkfs.ext4
+        cat >$TMPDIR/bin/mount <<'END'
+#!/bin/sh
+/usr/bin/mount "$@" || exit
+case "$*" in *ext4*) touch $TMPDIR/here; exec sleep 60;; esac
+END
+        chmod +x $TMPDIR/bin/mount
+        interrupted $TMPDIR/here
+
+        # Killed, it can undo nothing: what is left is told, and umount clears it.
+        rm $TMPDIR/here
+        PATH=$TMPDIR/bin:$PATH $mount --name cut & pid=$!
+        until_there $TMPDIR/here
+        kill -9 $pid
+        wait $pid || true
+        refused "'cut' is mounted at $D: unmount it" nbdram mount 1G /run/nbdram --name cut --nonempty
+        umount -i $D
+        refused "a mount of 'cut' was cut short: clean up with .nbdram umount $D" $mount --name cut
+        nbdram umount $D
+        clean
+
+        # The server is killed between mount and umount: the keeper starts it again.
+        $mount
+        echo precious >$D/file
+        sync
+        kill -9 $(pgrep -f 'nbdram serve')
+        echo 3 >/proc/sys/vm/drop_caches
+        [ "$(cat $D/file)" = precious ]
+        nbdram umount $D
+        clean
+
+        until_says "nothing left to keep" cat /run/nbdram/keeper.log
+        rmmod nbd
+        refused "load the module with .modprobe nbd" $mount
+        clean
+        """,
+    )
