@@ -1,8 +1,10 @@
-"""nbdram health: whether a server of this host serves, as an exit code, for health checks."""
+"""nbdram health: whether a server, or the keeper, of this host works, as an exit code, for health checks."""
 
 import argparse
 import http.client
 
+from nbdram.client.ask_keeper import ask_if_running
+from nbdram.client.attachment import default_directory
 from nbdram.config import DEFAULT_METRICS, Endpoint, parse_metrics
 from nbdram.errors import NbdramError, UsageError
 
@@ -18,16 +20,27 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="where it serves its metrics (default: %(default)s)",
     )
     parser.add_argument("--live", action="store_true", help="succeed while it runs, also when it starts or drains")
+    parser.add_argument("--keeper", action="store_true", help="ask the keeper of attached devices instead")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.keeper:
+        return _keeper()
     endpoint = parse_metrics(arguments.metrics)
     if endpoint is None:
         raise UsageError("--metrics off: a server without metrics can't be asked for its health")
     said, healthy = ask(endpoint, "/healthz" if arguments.live else "/readyz")
     print(said)
     return 0 if healthy else 1
+
+
+def _keeper() -> int:
+    answer = ask_if_running(default_directory(), "status")
+    if answer is None:
+        raise NbdramError("no keeper runs: start one with `nbdram keeper`")
+    print(f"keeping {len(answer['devices'])} devices")
+    return 0
 
 
 def ask(endpoint: Endpoint, path: str) -> tuple[str, bool]:

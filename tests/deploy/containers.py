@@ -15,7 +15,7 @@ from tests.observe.tools import tool
 ROOT: Final = Path(__file__).parents[2]
 BASE: Final = "localhost/base"
 IMAGE: Final = "localhost/nbdram"
-PROGRAM: Final = "/opt/nbdram/bin/nbdram"
+PROGRAM: Final = "nbdram"
 PATIENCE_S: Final = 60.0
 
 # Podman's defaults for them take a privilege to set that not every machine gives us.
