@@ -46,6 +46,10 @@ class Budget:
         self.overhead_pages = pages
         self._mark()
 
+    def add_overhead(self, count: int) -> None:
+        """The process takes `count` bytes more, until it is measured again."""
+        self.set_overhead(self.overhead_pages + -(-count // PAGE))
+
     def _mark(self) -> None:
         usable = max(0, self.limit_pages - self.overhead_pages)
         self.reserve_pages = min(_RESERVE_PAGES, usable // 16) if self.reclaim else 0

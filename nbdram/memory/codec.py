@@ -93,11 +93,24 @@ class Codec:
             pieces.append(block if high - low == size else memoryview(block)[low:high])
         return pieces
 
+    def check(self, image: memoryview | bytes) -> None:
+        """IntegrityError if an image is not what was stored; nothing is decompressed."""
+        if len(image) < self._header.size:
+            raise IntegrityError("a cold image was cut off")
+        fields = self._header.unpack_from(image)
+        at = self._header.size
+        for length, checksum in zip(fields[: self._blocks], fields[self._blocks :], strict=True):
+            self._match(image[at : at + length], length, checksum)
+            at += length
+
+    def _match(self, packed: memoryview | bytes, length: int, checksum: int) -> None:
+        if len(packed) != length or _checksum(packed) & 0xFFFFFFFF != checksum:
+            raise IntegrityError("the checksum of a cold image does not match")
+
     def _block(self, packed: memoryview | bytes, length: int, checksum: int) -> memoryview | bytes:
         if not length and checksum == _CHECKSUM_OF_NOTHING:
             return self._zeros
-        if len(packed) != length or _checksum(packed) & 0xFFFFFFFF != checksum:
-            raise IntegrityError("the checksum of a cold image does not match")
+        self._match(packed, length, checksum)
         if length == self.block_bytes:
             return bytes(packed)  # a view may still wait to be sent when the image is dropped
         try:

@@ -263,6 +263,27 @@ class Device(Space):
                 found.append(cluster)
         return found
 
+    def check_images(self, offset: int, end: int) -> list[int]:
+        """Look at the images in RAM that [offset, end) needs: IntegrityError if one is damaged.
+
+        Returns the clusters whose images are on disk.
+        """
+        far = []
+        for cluster in range(offset >> CLUSTER_SHIFT, ((end - 1) >> CLUSTER_SHIFT) + 1):
+            word = self.word(cluster)
+            if not word >> LENGTH_SHIFT or not pages_within(cluster, offset, end) & ~word:
+                continue
+            if word >> TIER_SHIFT & TIER_MASK == Tier.DISK:
+                far.append(cluster)
+                continue
+            image = self.ram.load(cluster, word >> SLOT_SHIFT & 1, word >> LENGTH_SHIFT & LENGTH_MASK)
+            try:
+                self.codec.check(image)
+            except IntegrityError as error:
+                self.note_damage(cluster, error)
+                raise
+        return far
+
     def install(self, page: int, image: FarImage) -> None:
         """Make one page resident out of a fetched image, if that is still where it is; ENOSPC if it can't be."""
         cluster = page >> CLUSTER_SHIFT

@@ -24,6 +24,7 @@ from nbdram.memory.recent import Recent
 from nbdram.memory.space import FarImage
 
 _READERS: Final = 4
+_TURNS: Final = 6
 
 
 class Fetcher:
@@ -32,6 +33,8 @@ class Fetcher:
     def __init__(self) -> None:
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="nbdram-fetch")
         self._under_way: dict[FarImage, tuple[Device, asyncio.Future[bytes]]] = {}
+        # What is read is held in memory until it is sent: who reads much takes one of these for each part.
+        self.turns = asyncio.Semaphore(_TURNS)
         self.fetched = 0
         self.times = Recent()
         self.seconds = Histogram()
@@ -49,6 +52,11 @@ class Fetcher:
                 clusters = device.far_clusters(start, end)
                 fetched = await asyncio.gather(*(self.fetch(device, cluster) for cluster in clusters))
                 images = dict(zip(clusters, fetched, strict=True))
+
+    async def check(self, device: Device, start: int, end: int) -> None:
+        """OSError if [start, end) can't be read now: a disk that fails, a damaged image."""
+        for cluster in device.check_images(start, end):
+            await self.fetch(device, cluster)
 
     async def fetch_edges(self, device: Device, start: int, end: int) -> None:
         """Make the pages resident that a write of [start, end) covers only in part; ENOSPC if there is no room."""

@@ -78,7 +78,16 @@ class Incoming:
             self._marked = arrived
         if done:
             self._finish()
+        elif self._at == self._granted:
+            self._give_back()
         return done
+
+    def _give_back(self) -> None:
+        """What was claimed for pages that another write has made resident meanwhile is not needed any more."""
+        needed = self._device.missing_pages(self._page, self._granted) if self._page < self._granted else 0
+        if self._claimed > needed:
+            self._device.budget.give(self._claimed - needed)
+            self._claimed = needed
 
     def _drop_zeros(self, start: int, end: int) -> None:
         """Whole clusters of zeros become holes at once: the inode tables of a new ext4 come as written zeros."""

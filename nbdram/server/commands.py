@@ -8,7 +8,8 @@ import asyncio
 import errno
 import mmap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 from nbdram.memory.device import FarPage, Piece
@@ -293,40 +294,85 @@ def _read_now(connection: "Connection", out: "list[Buffer]", flags: int, cookie:
             out += _whole(pieces)
         else:
             out += _chunks(connection, cookie, offset, pieces, end)
+        connection.copied(out, end - offset)
 
 
 async def _long_read(connection: "Connection", flags: int, cookie: int, offset: int, end: int) -> None:
     """One long answer at a time on each connection: what is held while the socket is full stays bounded."""
     async with connection.long_answer:
-        await connection.drained()
-        await _read(connection, flags, cookie, offset, end)
+        if _in_one_piece(connection, flags):
+            await _read_whole(connection, cookie, offset, end)
+        else:
+            await _read(connection, flags, cookie, offset, end)
 
 
 async def _read(connection: "Connection", flags: int, cookie: int, offset: int, end: int) -> None:
-    """A large READ, a part at a time. Views of `hot` never outlive a part: others may punch meanwhile."""
+    """A READ with waits in it, a part at a time; in one piece if it is one part."""
     pause = _Pause()
-    out: list[Buffer] = []
     hole = offset  # where the hole begins that the last parts were
     try:
-        for start in range(offset, end, _INLINE_READ_BYTES):
-            stop = min(end, start + _INLINE_READ_BYTES)
-            pieces = await connection.fetcher.gather(connection.device, start, stop)
-            if _in_one_piece(connection, flags):
-                out += [bytes(buffer) for buffer in _whole(pieces)]
-            elif stop < end and not any(buffers for _, _, buffers in pieces):
-                continue
-            else:
-                if hole < start:
-                    pieces = _with_hole_before(hole, pieces)
-                connection.send(_chunks(connection, cookie, offset, pieces, end))
-                hole = stop
-                await connection.drained()
+        for start, stop in _parts(offset, end):
+            async with _turn(connection):
+                pieces = await connection.fetcher.gather(connection.device, start, stop)
+                if _in_one_piece(connection, flags):
+                    header = connection.replies.data(cookie, offset, end - offset, offset, last=True)
+                    connection.send([header, *_whole(pieces)])
+                elif stop == end or any(buffers for _, _, buffers in pieces):
+                    if hole < start:
+                        pieces = _with_hole_before(hole, pieces)
+                    connection.send(_chunks(connection, cookie, offset, pieces, end))
+                    hole = stop
             await pause()
-        if out:
-            out.insert(0, connection.replies.data(cookie, offset, end - offset, offset, last=True))
     except OSError as error:
-        out = []
-        connection.fail(out, Command.READ, cookie, offset, error)
+        _fail_read(connection, cookie, offset, error)
+
+
+async def _read_whole(connection: "Connection", cookie: int, offset: int, end: int) -> None:
+    """A large READ in one piece, which can't end in an error once it has begun: all of it is looked at before."""
+    pause = _Pause()
+    try:
+        for start, stop in _parts(offset, end):
+            async with _turn(connection):
+                await connection.fetcher.check(connection.device, start, stop)
+            await pause()
+    except OSError as error:
+        _fail_read(connection, cookie, offset, error)
+        return
+    with connection.occupied() as send:
+        send([connection.replies.data(cookie, offset, end - offset, offset, last=True)])
+        try:
+            for start, stop in _parts(offset, end):
+                await connection.drained(occupied=True)
+                async with connection.fetcher.turns:
+                    send(_whole(await connection.fetcher.gather(connection.device, start, stop)))
+                await pause()
+        except OSError as error:
+            connection.give_up(error)
+
+
+def _parts(offset: int, end: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(end, start + _INLINE_READ_BYTES)) for start in range(offset, end, _INLINE_READ_BYTES))
+
+
+@asynccontextmanager
+async def _turn(connection: "Connection") -> AsyncIterator[None]:
+    """To read something and send it: only so much at once in all, and nothing for a client that takes nothing."""
+    turns = connection.fetcher.turns
+    while True:
+        await connection.drained()
+        await turns.acquire()
+        if connection.is_drained():
+            break
+        turns.release()
+    try:
+        yield
+    finally:
+        turns.release()
+
+
+def _fail_read(connection: "Connection", cookie: int, offset: int, error: OSError) -> None:
+    out: list[Buffer] = []
+    connection.fail(out, Command.READ, cookie, offset, error)
     connection.send(out)
 
 

@@ -23,7 +23,8 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, Protocol, cast
 
 from nbdram.memory.device import Device, FarPage
@@ -41,7 +42,7 @@ from nbdram.protocol.handshake import (
     UpgradeToTls,
 )
 from nbdram.protocol.replies import Replies, SimpleReplies, replies_for
-from nbdram.server import commands
+from nbdram.server import commands, views
 from nbdram.server.counters import COMMANDS, SAMPLE_EVERY, ServiceCounters
 from nbdram.server.exports import Export, Exports
 from nbdram.server.tls import Tls
@@ -64,6 +65,8 @@ SEND_BUFFER_BYTES: Final = 1024 * 1024
 # What one batch may hold: writev takes 1024 buffers, and a copy of its views must stay affordable.
 _MAX_BUFFERS: Final = 1000
 _MAX_BATCH_BYTES: Final = 4 * 1024 * 1024
+# Decompressed bytes are ours until the socket takes them: at most this much, and one answer, for each connection.
+_MAX_COPIED_BYTES: Final = 256 * 1024
 
 # After a large batch of READs the loop dozes for as long as its client needs to take the replies, instead of
 # being woken for each next request: measured at queue depth 64, 4.6 -> 2.4 us of CPU per READ, and 15 % more
@@ -168,6 +171,10 @@ class Connection(asyncio.BufferedProtocol):
         self._skip_reply: Buffer = b""  # the refusal, held back until then
         # sending
         self._unsent: deque[Buffer] = deque()
+        self._viewed: set[int] | None = None  # the clusters that `_unsent` has views of, once somebody has asked
+        self._copied = 0  # bytes of the batch that are not views of `hot`
+        self._occupied = False  # by an answer in one piece: all others come after it
+        self._later: list[Buffer] = []  # those
         self._drained: list[asyncio.Future[None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self.long_answer = asyncio.Lock()
@@ -469,10 +476,15 @@ class Connection(asyncio.BufferedProtocol):
         out += content
         self._count(wire.Command.READ)
         self.count_read(stop - offset)
-        if len(out) >= _MAX_BUFFERS:
+        self.copied(out, stop - offset)
+        return True
+
+    def copied(self, out: list[Buffer], length: int) -> None:
+        """An answer of so many bytes that are not views of `hot` is in `out`; send what is there if that is much."""
+        self._copied += length
+        if self._copied >= _MAX_COPIED_BYTES or len(out) >= _MAX_BUFFERS:
             self._send(out)
             out.clear()
-        return True
 
     # -- off the hot loop ----------------------------------------------------------------------------
 
@@ -637,7 +649,7 @@ class Connection(asyncio.BufferedProtocol):
             self._incoming = None
             # More of the same is likely: take only the next header, so that its payload needs no copy.
             self._window = self._header_bytes
-            self._send([self.replies.done(*self._incoming_request)])
+            self.send([self.replies.done(*self._incoming_request)])
             seconds = time.perf_counter() - self._incoming_since
             self._service.counters.inline_seconds["write"].observe(seconds)
             self._close_if_idle()
@@ -699,6 +711,10 @@ class Connection(asyncio.BufferedProtocol):
     def _out_of_sync(self, magic: int) -> None:
         self._broken(f"sent a request without its magic ({magic:#010x})")
 
+    def give_up(self, error: OSError) -> None:
+        """An answer that has begun can't be ended: there is no other way to tell."""
+        self._broken(f"can't be answered to the end ({error.strerror})")
+
     def _broken(self, what: str) -> None:
         """The peer can't be understood any more: hang up."""
         self._service.counters.protocol_errors += 1
@@ -732,19 +748,41 @@ class Connection(asyncio.BufferedProtocol):
 
     def send(self, buffers: list[Buffer]) -> None:
         """Send what a task has for the client."""
-        if not self._lost:
+        if self._occupied:
+            self._later += buffers
+        elif not self._lost:
             self._send(buffers)
 
-    async def drained(self) -> None:
-        """Wait until nothing is queued for the socket."""
-        if self._unsent and not self._lost:
+    @contextmanager
+    def occupied(self) -> Iterator[Callable[[list[Buffer]], None]]:
+        """For an answer that can't be cut into chunks: gives what sends its parts. All others come after it."""
+        self._occupied = True
+        self._stall()
+        try:
+            yield lambda buffers: None if self._lost else self._send(buffers)
+        finally:
+            self._occupied = False
+            later, self._later = self._later, []
+            self.send(later)
+            self._wake_drained()
+            self._resume()
+
+    def is_drained(self, *, occupied: bool = False) -> bool:
+        """Whether nothing is queued for the socket, and nobody else has `occupied` it; or the client is gone."""
+        return self._lost or not (self._unsent or (self._occupied and not occupied))
+
+    async def drained(self, *, occupied: bool = False) -> None:
+        """Wait until that is so."""
+        while not self.is_drained(occupied=occupied):
             waiter = self._loop.create_future()
             self._drained.append(waiter)
             await waiter
 
     def _send(self, buffers: list[Buffer]) -> None:
+        self._copied = 0
         if self._unsent:
             self._unsent.extend(buffers)
+            self._viewed = None
             if self.device is not None:
                 self.device.senders.add(self)
             return
@@ -766,6 +804,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _watch_writable(self) -> None:
         self._stall()
+        self._viewed = None
         if self.device is not None:
             self.device.senders.add(self)
         if self._writer_fd < 0:
@@ -806,12 +845,14 @@ class Connection(asyncio.BufferedProtocol):
         self._resume()
 
     def copy_out(self, start: int, end: int) -> None:
-        """Device bytes [start, end) are about to be punched: keep copies of what is still to be sent.
-
-        All views are copied, also those of other bytes: it is rare, and bounded by one batch.
-        """
-        self._unsent = deque(bytes(buffer) for buffer in self._unsent)
-        self.device.senders.discard(self)  # until it has views again
+        """Device bytes [start, end) are about to be punched: keep copies of what is still to be sent of them."""
+        if self._viewed is None:
+            self._viewed = views.clusters_of(self._unsent)
+        if self._viewed.isdisjoint(range(start >> CLUSTER_SHIFT, ((end - 1) >> CLUSTER_SHIFT) + 1)):
+            return
+        self._unsent, length = views.copied(self._unsent, start, end)
+        self._viewed = None
+        self.device.budget.add_overhead(length)
 
     def _wake_drained(self) -> None:
         for waiter in self._drained:
@@ -828,7 +869,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _resume(self) -> None:
         """Go on with what was held back, if nothing stands in the way any more."""
-        if self._stalled and not (self._unsent or self._starved) and len(self._tasks) < MAX_TASKS:
+        if self._stalled and not (self._unsent or self._starved or self._occupied) and len(self._tasks) < MAX_TASKS:
             self._stalled = False
             if self._incoming is not None and self._incoming.is_held_up:
                 self._grant(self._incoming)

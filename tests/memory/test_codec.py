@@ -44,6 +44,8 @@ def test_a_flipped_bit_is_an_error_or_changes_nothing(block_bytes: int) -> None:
         damaged[bit // 8] ^= 1 << bit % 8
         with pytest.raises(IntegrityError):
             codec.decode(bytes(damaged), 0, CLUSTER)
+        with pytest.raises(IntegrityError):
+            codec.check(bytes(damaged))
         for start in range(0, CLUSTER, block_bytes):  # blocks one by one: what is not damaged can still be read
             try:
                 content = b"".join(codec.decode(bytes(damaged), start, start + block_bytes))

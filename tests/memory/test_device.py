@@ -506,3 +506,20 @@ def test_memory_that_was_trimmed_under_a_write_is_counted_when_it_arrives() -> N
     steps(made.trim(0, CLUSTER))
     receive(incoming, b"n" * CLUSTER)
     assert made.budget.free_pages == free
+
+
+def test_memory_that_another_write_has_made_needless_is_given_back_before_the_next_is_claimed() -> None:
+    made = device(size=8 * MIB, budget=1000 * PAGE)
+    first, second = Incoming(made, 0, 3 * MIB), Incoming(made, 0, 3 * MIB)
+    receive(first, b"a" * MIB)
+    receive(second, b"b" * MIB)
+    assert made.budget.free_pages == 1000 - 1 - 256
+    first.grant()
+    second.grant()
+    receive(first, b"a" * (MIB - 10))
+    receive(second, b"b" * MIB)
+    assert made.budget.free_pages == 1000 - 1 - 512 - 1  # the page that the first is receiving into
+    first.abandon()
+    second.abandon()
+    assert made.budget.free_pages == 1000 - 1 - 512
+    assert made.resident_pages == hot_pages(made) == 512
