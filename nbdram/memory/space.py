@@ -70,8 +70,32 @@ Extent = tuple[int, int, int]  # start, end (bytes of the device), tier
 class Sender(Protocol):
     """Somebody who holds views of `hot` that a socket has not taken yet."""
 
-    def copy_out(self, start: int, end: int) -> None:
-        """Replace all views of device bytes [start, end) by copies."""
+    def copy_out(self, copies: "Copies") -> None:
+        """Replace all views of device bytes [copies.start, copies.end) by views of copies."""
+
+
+class Copies:
+    """Copies of device bytes [start, end), which are about to be punched: made when somebody asks, one for all."""
+
+    def __init__(self, hot: memoryview, start: int, end: int) -> None:
+        self.start = start
+        self.end = end
+        self.length = 0  # of all copies
+        self._hot = hot
+        self._made: dict[int, memoryview] = {}
+
+    def of(self, start: int, end: int) -> Iterator[memoryview]:
+        """The bytes [start, end), in pieces."""
+        while start < end:
+            low = max(self.start, start & ~(CLUSTER - 1))
+            copy = self._made.get(low)
+            if copy is None:
+                copy = memoryview(bytes(self._hot[low : min(self.end, (low | (CLUSTER - 1)) + 1)]))
+                self._made[low] = copy
+                self.length += len(copy)
+            stop = min(end, low + len(copy))
+            yield copy[start - low : stop - low]
+            start = stop
 
 
 class FarImage:
@@ -393,8 +417,11 @@ class Space:
 
     def release(self, start: int, end: int, pages: int) -> None:
         """Give `hot` pages back to the kernel, `pages` of which were resident: the only place that does."""
-        for sender in tuple(self.senders):
-            sender.copy_out(start, end)
+        if self.senders:
+            copies = Copies(self.hot_view, start, end)
+            for sender in tuple(self.senders):
+                sender.copy_out(copies)
+            self.budget.add_overhead(copies.length)
         arrived = self.arrived(start, end) if self.incoming else []
         self.hot.madvise(mmap.MADV_REMOVE, start, end - start)
         for at, content in arrived:

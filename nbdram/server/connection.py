@@ -31,6 +31,7 @@ from nbdram.memory.device import Device, FarPage
 from nbdram.memory.fetch import Fetcher
 from nbdram.memory.incoming import Incoming
 from nbdram.memory.layout import CLUSTER, CLUSTER_SHIFT, RESIDENT_AND_DIRTY, RESIDENT_MASKS, TOUCHED
+from nbdram.memory.space import Copies
 from nbdram.protocol import wire
 from nbdram.protocol.handshake import (
     Failure,
@@ -844,15 +845,13 @@ class Connection(asyncio.BufferedProtocol):
         self._wake_drained()
         self._resume()
 
-    def copy_out(self, start: int, end: int) -> None:
-        """Device bytes [start, end) are about to be punched: keep copies of what is still to be sent of them."""
+    def copy_out(self, copies: Copies) -> None:
+        """Some device bytes are about to be punched: keep copies of what is still to be sent of them."""
         if self._viewed is None:
             self._viewed = views.clusters_of(self._unsent)
-        if self._viewed.isdisjoint(range(start >> CLUSTER_SHIFT, ((end - 1) >> CLUSTER_SHIFT) + 1)):
-            return
-        self._unsent, length = views.copied(self._unsent, start, end)
-        self._viewed = None
-        self.device.budget.add_overhead(length)
+        if not self._viewed.isdisjoint(range(copies.start >> CLUSTER_SHIFT, ((copies.end - 1) >> CLUSTER_SHIFT) + 1)):
+            self._unsent = views.copied(self._unsent, copies)
+            self._viewed.difference_update(range(-(-copies.start // CLUSTER), copies.end // CLUSTER))
 
     def _wake_drained(self) -> None:
         for waiter in self._drained:

@@ -1,7 +1,7 @@
 """What waits for a socket: views of `hot` among bytes of our own. Views are copied before their pages are punched.
 
 Only those: a copy of everything, for a client that takes nothing, would cost memory just when that is being reclaimed.
-So a punch that finds a view takes nothing more than it gives.
+And one copy serves all who wait for the same. So a punch that finds views takes nothing more than it gives.
 """
 
 import ctypes
@@ -9,6 +9,7 @@ import mmap
 from collections import deque
 
 from nbdram.memory.layout import CLUSTER_SHIFT
+from nbdram.memory.space import Copies
 
 Buffer = bytes | memoryview
 
@@ -23,20 +24,18 @@ def clusters_of(buffers: deque[Buffer]) -> set[int]:
     return found
 
 
-def copied(buffers: deque[Buffer], start: int, end: int) -> tuple[deque[Buffer], int]:
-    """The same bytes without views of [start, end), and how many of them are copies now."""
+def copied(buffers: deque[Buffer], copies: Copies) -> deque[Buffer]:
+    """The same bytes, without views of what is about to be punched."""
     kept: deque[Buffer] = deque()
-    length = 0
     for buffer in buffers:
         first, after = _span(buffer)
-        if first < end and start < after:
-            low, high = max(start - first, 0), min(end, after) - first
-            pieces = (buffer[:low], bytes(buffer[low:high]), buffer[high:])
+        low, high = max(first, copies.start), min(after, copies.end)
+        if low < high:
+            pieces = (buffer[: low - first], *copies.of(low, high), buffer[high - first :])
             kept.extend(piece for piece in pieces if piece)
-            length += high - low
         else:
             kept.append(buffer)
-    return kept, length
+    return kept
 
 
 def _span(buffer: Buffer) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from nbdram.memory.budget import Budget
 from nbdram.memory.device import Device
 from nbdram.memory.incoming import Incoming
 from nbdram.memory.layout import Tier, page_runs
+from nbdram.memory.space import Copies
 from tests.helpers import CLUSTER, GIB, MIB, PAGE, TIB, hot_pages, index_pages
 from tests.memory.evicting import evict
 from tests.memory.machine import DeviceMachine
@@ -253,9 +254,9 @@ class Socket:
     told: list[tuple[int, int]] = field(default_factory=list)
     saw: bytes = b""
 
-    def copy_out(self, start: int, end: int) -> None:
-        self.told.append((start, end))
-        self.saw += bytes(self.device.hot_view[start : start + 4])
+    def copy_out(self, copies: Copies) -> None:
+        self.told.append((copies.start, copies.end))
+        self.saw += b"".join(copies.of(copies.start, copies.start + 4))
         self.device.senders.discard(self)
 
     def __hash__(self) -> int:
