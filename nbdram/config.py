@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote, unquote, urlsplit
 
+from nbdram.access import OPEN, Rules
 from nbdram.errors import UsageError
 from nbdram.memory.layout import MAX_DEVICE_BYTES, PAGE
 from nbdram.memory.tiers.remote_settings import RemoteSettings
@@ -79,6 +80,7 @@ class ExportSettings:
     read_only: bool = False
     description: str = ""
     dense: bool = False
+    rules: Rules = OPEN
 
     @classmethod
     def parse(cls, text: str) -> "ExportSettings":
@@ -103,6 +105,22 @@ class ExportSettings:
                 raise UsageError(f"--export {text!r}: there is no option {option!r}; {known}")
             flags.add(option)
         return cls(check_name(name), size, "ro" in flags, check_description(description), "density" in flags)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What clients may take together, and each; times in seconds, 0 is for ever.
+
+    `idle_timeout_s` is for a client that asks for nothing, `stall_timeout_s` for one that does not take a reply or does
+    not finish a request.
+    """
+
+    connections: int = 4096
+    handshakes: int = 1024
+    handshake_timeout_s: float = 10.0
+    requests_in_flight: int = 128
+    idle_timeout_s: float = 0.0
+    stall_timeout_s: float = 300.0
 
 
 @dataclass(frozen=True)
@@ -289,6 +307,7 @@ class ServeSettings:
     remote: RemoteSettings | None = None
     remote_first: bool = False  # before the directories of `swap`
     tls: TlsSettings | None = None
+    limits: Limits = Limits()
 
     @property
     def plaintext_may_listen(self) -> bool:

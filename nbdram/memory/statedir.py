@@ -57,6 +57,7 @@ class StoredDevice:
     read_only: bool = False
     description: str = ""
     dense: bool = False
+    rules: dict[str, Any] = field(default_factory=dict)  # of access; of no concern to the memory
 
 
 @dataclass

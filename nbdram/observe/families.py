@@ -447,6 +447,14 @@ FAMILIES: Final = (
         lambda source: list(source.server.service.counters.handshake_failures.items()),
     ),
     Family(
+        "nbdram_hang_ups_total",
+        "counter",
+        "Connections in transmission that the server ended: idle or stalled for too long, not allowed any more, or "
+        "because their export was removed.",
+        ("cause",),
+        lambda source: source.server.service.counters.hung_up.items(),
+    ),
+    Family(
         "nbdram_protocol_errors_total",
         "counter",
         "Connections that were closed because the client could not be understood any more.",

@@ -22,6 +22,7 @@ EVENTS: Final[dict[str, tuple[str, ...]]] = {
     "%s %s: closed": ("protocol_broken", "client", "reason"),
     "%s can't be answered: %s": ("reply_failed", "client", "reason"),
     "%s: a request failed unexpectedly": ("request_crashed", "client"),
+    "%s is %s for %g s: hung up on": ("hung_up", "client", "reason", "seconds"),
     "%d connections: more are turned away": ("connections_full", "connections"),
     "%s: the data at offset %d is lost: %s": ("data_lost", "export", "offset", "reason"),
     "the memory budget is used up, and nothing more can be compressed": ("memory_full",),

@@ -4,9 +4,10 @@ from typing import Final
 
 from nbdram.observe.families import FAMILIES, Family
 from nbdram.protocol.handshake import Failure
-from nbdram.server.counters import COMMANDS
+from nbdram.server.counters import COMMANDS, HANG_UPS
 
 _VALUES: Final = {
+    "cause": ", ".join(HANG_UPS),
     "command": ", ".join(COMMANDS.values()),
     "export": "the name of an export",
     "path (of a request)": "inline, task",

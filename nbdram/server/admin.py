@@ -5,6 +5,8 @@ import logging
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from nbdram.access import PARSERS as RULES
+from nbdram.access import Rules
 from nbdram.config import check_description, check_name, check_size, parse_size
 from nbdram.errors import Conflict, UsageError
 from nbdram.memory.layout import PAGE
@@ -33,8 +35,10 @@ class Admin:
         return self._on_loop(self._list())
 
     def create(self, wanted: Facts) -> Facts:
-        """`wanted`: name, size (bytes, or text as in 16G), and if wanted read_only, description, density."""
-        fields = _fields(wanted, {"name": str, "size": (int, str)}, read_only=bool, description=str, density=bool)
+        """`wanted`: name, size (bytes, or text as in 16G), and if wanted read_only, description, density, and rules."""
+        rules = dict.fromkeys(RULES, (list, int, str))
+        required = {"name": str, "size": (int, str)}
+        fields = _fields(wanted, required, read_only=bool, description=str, density=bool, **rules)
         return self._on_loop(self._create(fields))
 
     def remove(self, name: str, *, force: bool) -> Facts:
@@ -64,6 +68,7 @@ class Admin:
             read_only=fields.get("read_only", False),
             description=check_description(fields.get("description", "")),
             dense=fields.get("density", False),
+            rules=Rules.parse({key: fields[key] for key in RULES if key in fields}),
         )
         log.info("%r was made", name)
         return facts(export)
@@ -112,6 +117,7 @@ def facts(export: "Export") -> Facts:
         "read_only": export.read_only,
         "description": export.description,
         "density": export.dense,
+        **export.rules.plain(),
         "connections": export.connections,
         "resident": device.resident_pages * PAGE,
         "compressed": device.cold_pages * PAGE,

@@ -11,7 +11,7 @@ Rules:
 2. A batch that the socket does not take whole stalls the connection: nothing is parsed or received until it has
    drained. So a client that never reads costs one batch of views, and one receive buffer of unparsed bytes.
 3. While views wait in `_unsent`, the connection is in `device.senders` (invariant 5 of the device).
-4. At most MAX_TASKS requests of a connection are under way as tasks; then it stalls likewise.
+4. So many requests of a connection as the limits allow are under way as tasks; then it stalls likewise.
 
 uvloop's own writelines was measured at 3.5 us of CPU per 4K READ at queue depth 64, writev at 2.5.
 """
@@ -25,8 +25,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Final, Protocol, cast
 
+from nbdram.access import Client
+from nbdram.config import Limits
 from nbdram.memory.device import Device, FarPage
 from nbdram.memory.fetch import Fetcher
 from nbdram.memory.incoming import Incoming
@@ -45,16 +48,12 @@ from nbdram.protocol.handshake import (
 from nbdram.protocol.replies import Replies, SimpleReplies, replies_for
 from nbdram.server import commands, views
 from nbdram.server.counters import COMMANDS, SAMPLE_EVERY, ServiceCounters
-from nbdram.server.exports import Export, Exports
+from nbdram.server.exports import Export, Exports, Visible
+from nbdram.server.peers import peer_of
 from nbdram.server.tls import Tls
 
 log = logging.getLogger("nbdram.connection")
 
-HANDSHAKE_TIMEOUT_S: Final = 10.0
-# Beyond this many, the oldest handshake makes room for the next: honest ones end within milliseconds.
-MAX_HANDSHAKES: Final = 1024
-MAX_CONNECTIONS: Final = 4096
-MAX_TASKS: Final = 128
 # A WRITE waits at most this long for memory: below the 30 s after which clients are usually told to give up.
 WRITE_WAIT_S: Final = 20.0
 
@@ -86,7 +85,8 @@ class Service:
         self.exports = exports
         self.connections: set[Connection] = set()
         self.haggling: dict[Connection, None] = {}  # those in the handshake phase, the oldest first
-        self.max_connections = MAX_CONNECTIONS
+        self.limits = Limits()
+        self.max_connections = self.limits.connections
         self._full = False
         self.counters = ServiceCounters(dict.fromkeys(Failure, 0))
         self.batches = 0
@@ -108,7 +108,8 @@ class Service:
             self._full = True
             return False
         self._full = False
-        if full or len(self.haggling) >= MAX_HANDSHAKES:
+        # Honest handshakes end within milliseconds: when there are too many, the oldest makes room.
+        if full or len(self.haggling) >= self.limits.handshakes:
             oldest = next(iter(self.haggling))
             self.counters.handshake_failures[Failure.CROWDED_OUT] += 1
             self.forget(oldest)
@@ -149,9 +150,11 @@ class Connection(asyncio.BufferedProtocol):
         self._writer_fd = -1  # a duplicate to watch: uvloop watches the original itself
         self.peer = "?"
         self.opened_at = 0.0  # the export, by time.monotonic
+        self.active = True  # since somebody has looked: see `server/quiet.py`
+        self.quiet_since = 0.0
         # handshake phase
-        self._handshake: Handshake | None = Handshake(service.exports, tls)
-        self.names: frozenset[str] = frozenset()  # of the client's certificate
+        self._handshake: Handshake | None = Handshake(Visible(service.exports, lambda: self.client), tls)
+        self.client = Client()
         self._deadline: asyncio.TimerHandle | None = None
         # transmission phase
         self.export: Export = cast(Export, None)
@@ -181,6 +184,9 @@ class Connection(asyncio.BufferedProtocol):
         self.long_answer = asyncio.Lock()
         self._stalled = False
         self._starved = False  # a WRITE waits for memory
+        self._is_paced = False
+        self._pausing: asyncio.TimerHandle | None = None  # until the export's caps allow more
+        self._paid = 0  # so much of `_held` is paid already
         self._starving_since = 0.0
         self._fetch_error: OSError | None = None
         self._hunger: asyncio.TimerHandle | None = None
@@ -198,8 +204,9 @@ class Connection(asyncio.BufferedProtocol):
         sock = self._transport.get_extra_info("socket")
         self._fd = sock.fileno()
         self.peer = _peer_name(self._transport)
+        self.client = peer_of(sock)
         _tune(sock)
-        self._deadline = self._loop.call_later(HANDSHAKE_TIMEOUT_S, self._handshake_late)
+        self._deadline = self._loop.call_later(self._service.limits.handshake_timeout_s, self._handshake_late)
         assert self._handshake
         self._send([self._handshake.data_to_send()])
 
@@ -241,6 +248,8 @@ class Connection(asyncio.BufferedProtocol):
         for task in self._tasks:
             task.cancel()
         self._stop_writer()
+        if self._pausing:
+            self._pausing.cancel()
         self._unsent.clear()
         self._wake_drained()
         if self.device is not None:
@@ -293,7 +302,7 @@ class Connection(asyncio.BufferedProtocol):
     def secured(self, transport: asyncio.BaseTransport, names: frozenset[str]) -> None:
         """TLS is up, and the haggling begins again inside; the client's certificate has `names`."""
         self._transport = cast(_Transport, transport)
-        self.names = names
+        self.client = replace(self.client, names=names)
         sock = self._transport.get_extra_info("socket")
         self._fd = sock.fileno()
         _tune(sock)
@@ -307,7 +316,7 @@ class Connection(asyncio.BufferedProtocol):
     def _handshake_late(self) -> None:
         self._closing = True
         self._service.counters.handshake_failures[Failure.LATE] += 1
-        log.info("%s did not finish the handshake in %g s", self.peer, HANDSHAKE_TIMEOUT_S)
+        log.info("%s did not finish the handshake in %g s", self.peer, self._service.limits.handshake_timeout_s)
         self._transport.abort()
 
     def _enter_transmission(self, agreed: Negotiated, leftover: bytes) -> None:
@@ -327,6 +336,7 @@ class Connection(asyncio.BufferedProtocol):
         self.contexts = agreed.contexts
         self.replies = replies_for(agreed.mode)
         self._mode = agreed.mode
+        self.follow_pace()
         if agreed.mode is ReplyMode.EXTENDED:
             self._unpack = wire.EXTENDED_REQUEST.unpack_from
             self._header_bytes = wire.EXTENDED_REQUEST.size
@@ -463,6 +473,7 @@ class Connection(asyncio.BufferedProtocol):
             if reads >= _DOZE_FROM and service.last_served is self and not self._stalled:
                 time.sleep(min(reads * _DOZE_PER_READ_S, _DOZE_MAX_S))
         service.last_served = self
+        self.active = True
 
     def _read_cold(self, out: list[Buffer], cluster: int, cookie: int, offset: int, stop: int) -> bool:
         """Answer a READ within one cluster, none of it resident, from its image in RAM; False: another case."""
@@ -486,6 +497,44 @@ class Connection(asyncio.BufferedProtocol):
         if self._copied >= _MAX_COPIED_BYTES or len(out) >= _MAX_BUFFERS:
             self._send(out)
             out.clear()
+
+    # -- caps of the export ---------------------------------------------------------------------------
+
+    def follow_pace(self) -> None:
+        """Heed the caps of the export, if it has any (now)."""
+        paced = self.export.pace is not None
+        if paced != self._is_paced:  # an attribute comes before the method of its name: who has no caps pays nothing
+            self._is_paced = paced
+            if paced:
+                vars(self)["_parse"] = self._parse_paced
+            else:
+                del vars(self)["_parse"]
+        self._paid = 0
+        if self._pausing:
+            self._pausing.cancel()
+            self._pace_over()
+
+    def _parse_paced(self, end: int) -> None:
+        """As `_parse`, as far as the caps allow; what is beyond waits its turn in `_held`."""
+        pace = self.export.pace
+        assert pace
+        start, self._paid = max(min(self._skip, end), self._paid), 0
+        extended = self._mode is ReplyMode.EXTENDED
+        stop, paid, delay = pace.admit(self._view[:end], start, extended=extended, direct_bytes=DIRECT_BYTES)
+        rest = bytes(self._view[stop:end])
+        if stop:
+            Connection._parse(self, stop)
+            self._paid = max(0, paid - (stop - len(self._held)))
+        if self._closing:
+            return
+        self._held += rest
+        if rest:
+            self._stall()
+            self._pausing = self._loop.call_later(delay, self._pace_over)
+
+    def _pace_over(self) -> None:
+        self._pausing = None
+        self._resume()
 
     # -- off the hot loop ----------------------------------------------------------------------------
 
@@ -646,6 +695,7 @@ class Connection(asyncio.BufferedProtocol):
     def _payload_received(self, length: int) -> None:
         incoming = self._incoming
         assert incoming
+        self.active = True
         if incoming.received(length):
             self._incoming = None
             # More of the same is likely: take only the next header, so that its payload needs no copy.
@@ -731,7 +781,7 @@ class Connection(asyncio.BufferedProtocol):
         self._tasks.add(task)
         begun = time.perf_counter()
         task.add_done_callback(lambda task: self._task_done(task, command, begun))
-        if len(self._tasks) >= MAX_TASKS:
+        if len(self._tasks) >= self._service.limits.requests_in_flight:
             self._stall()
 
     def _task_done(self, task: asyncio.Task[None], command: int, begun: float) -> None:
@@ -744,6 +794,15 @@ class Connection(asyncio.BufferedProtocol):
             self._broken("could not be answered")
             return
         self._resume()
+
+    @property
+    def waits_for(self) -> str:
+        """What the client is waited for, if it is: its next "request", or the "rest" of what it sends or reads."""
+        if self._handshake is not None or self._closing:
+            return ""
+        if self._unsent or (self._incoming is not None and not self._incoming.is_held_up):
+            return "rest"
+        return "" if self._stalled or self._tasks or self._incoming is not None else "request"
 
     # -- sending -------------------------------------------------------------------------------------
 
@@ -833,6 +892,7 @@ class Connection(asyncio.BufferedProtocol):
             self._loop.remove_writer(self._writer_fd)
             self._transport.abort()
             return
+        self.active = True
         while unsent and sent >= len(unsent[0]):
             sent -= len(unsent.popleft())
         if unsent:
@@ -868,7 +928,11 @@ class Connection(asyncio.BufferedProtocol):
 
     def _resume(self) -> None:
         """Go on with what was held back, if nothing stands in the way any more."""
-        if self._stalled and not (self._unsent or self._starved or self._occupied) and len(self._tasks) < MAX_TASKS:
+        if (
+            self._stalled
+            and not (self._unsent or self._starved or self._occupied or self._pausing)
+            and len(self._tasks) < self._service.limits.requests_in_flight
+        ):
             self._stalled = False
             if self._incoming is not None and self._incoming.is_held_up:
                 self._grant(self._incoming)

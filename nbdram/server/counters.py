@@ -7,6 +7,9 @@ from nbdram.protocol.wire import Command
 
 COMMANDS: Final = {int(command): command.name.lower() for command in Command}
 
+# Why the server ends connections that have opened an export.
+HANG_UPS: Final = ("idle", "stalled", "forbidden", "removed")
+
 # The hot loop's answers are timed for one batch in so many, which stands for all of them.
 SAMPLE_EVERY: Final = 64
 
@@ -30,6 +33,7 @@ class ServiceCounters:
     def __init__(self, handshake_failures: dict[str, int]) -> None:
         self.connections_accepted = 0
         self.handshake_failures = handshake_failures  # by reason
+        self.hung_up = dict.fromkeys(HANG_UPS, 0)
         self.protocol_errors = 0  # connections that were closed because the client could not be understood
         self.inline_seconds = {"read": Histogram(), "write": Histogram()}
         self.task_seconds = {name: Histogram() for name in COMMANDS.values()}

@@ -5,11 +5,12 @@ in its manifest from when it is complete until it is removed; see `memory/stated
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
+from nbdram.access import OPEN, Client, Rules
 from nbdram.config import ExportSettings, format_size
 from nbdram.errors import Conflict, NbdramError, NoSuchExport, UsageError
 from nbdram.memory.budget import Budget
@@ -22,6 +23,7 @@ from nbdram.memory.tiers.disk import DiskTier, SwapArea, swap_file
 from nbdram.protocol.handshake import ExportInfo
 from nbdram.protocol.wire import TransmissionFlag as Flag
 from nbdram.server.counters import ExportCounters
+from nbdram.server.pace import Pace
 
 if TYPE_CHECKING:
     from nbdram.memory.tiers.remote import Remote
@@ -57,6 +59,7 @@ class Export:
         read_only: bool = False,
         description: str = "",
         dense: bool = False,
+        rules: Rules = OPEN,
     ) -> None:
         self.name = name
         self.device = device
@@ -66,17 +69,34 @@ class Export:
         self.dense = dense
         self.connections = 0
         self.counters = ExportCounters()
+        self.rules = rules
+        self.pace: Pace | None = None
+        self.set_rules(rules)
+
+    def set_rules(self, rules: Rules) -> None:
+        """Connections that are open already are the Service's to look after."""
+        if rules != self.rules or self.pace is None:
+            self.rules = rules
+            self.pace = Pace(rules) if rules.iops or rules.bandwidth else None
 
     def info(self) -> ExportInfo:
         flags = _FLAGS | (Flag.READ_ONLY if self.read_only else 0)
         return ExportInfo(self.name, self.device.size, int(flags), self.description, str(self.identity))
 
     def stored(self) -> StoredDevice:
-        return StoredDevice(self.identity, self.name, self.device.size, self.read_only, self.description, self.dense)
+        return StoredDevice(
+            self.identity,
+            self.name,
+            self.device.size,
+            self.read_only,
+            self.description,
+            self.dense,
+            self.rules.plain(),
+        )
 
 
 class Exports:
-    """All exports of a server, in the order in which they were made; a handshake's Catalogue."""
+    """All exports of a server, in the order in which they were made."""
 
     def __init__(
         self,
@@ -112,6 +132,7 @@ class Exports:
                 read_only=stored.read_only,
                 description=stored.description,
                 dense=stored.dense,
+                rules=Rules.parse(stored.rules),
             )
             recount(device, str(state.file(stored.identity, "index")))
         self._match_swap(state)
@@ -159,7 +180,14 @@ class Exports:
                 )
 
     def create(
-        self, name: str, size: int, *, read_only: bool = False, description: str = "", dense: bool = False
+        self,
+        name: str,
+        size: int,
+        *,
+        read_only: bool = False,
+        description: str = "",
+        dense: bool = False,
+        rules: Rules = OPEN,
     ) -> Export:
         """Add an empty export of at most `size` bytes."""
         if name in self._by_name:
@@ -174,7 +202,9 @@ class Exports:
         try:
             device = Device(name, size, self.budget, _codec(dense), opener)
             self._attach_tiers(device, identity)
-            export = Export(name, device, identity, read_only=read_only, description=description, dense=dense)
+            export = Export(
+                name, device, identity, read_only=read_only, description=description, dense=dense, rules=rules
+            )
             if state:
                 state.put(export.stored())
         except BaseException:
@@ -210,7 +240,12 @@ class Exports:
         export = self._by_name.get(name)
         if export is None:
             self.create(
-                name, wanted.size, read_only=wanted.read_only, description=wanted.description, dense=wanted.dense
+                name,
+                wanted.size,
+                read_only=wanted.read_only,
+                description=wanted.description,
+                dense=wanted.dense,
+                rules=wanted.rules,
             )
             return
         size = export.device.size
@@ -221,6 +256,7 @@ class Exports:
         if wanted.dense != export.dense:
             log.warning("%r keeps its way to compress: density can't be changed", name)
         export.read_only, export.description = wanted.read_only, wanted.description
+        export.set_rules(wanted.rules)
         if self._state:
             self._state.put(export.stored())
 
@@ -271,18 +307,13 @@ class Exports:
             raise NoSuchExport(name)
         return export
 
+    def named(self, name: str) -> Iterable[Export]:
+        """The export called `name`; "" is the first one that its asker may use."""
+        export = self._by_name.get(name)
+        return [export] if export else self if name == "" else []
+
     def get(self, name: str) -> Export | None:
-        """The export called `name`; "" is the first one."""
-        if name == "" and name not in self._by_name:
-            return next(iter(self._by_name.values()), None)
-        return self._by_name.get(name)
-
-    def find(self, name: str) -> ExportInfo | None:
-        export = self.get(name)
-        return export.info() if export else None
-
-    def listed(self) -> Iterable[ExportInfo]:
-        return [export.info() for export in self]
+        return next(iter(self.named(name)), None)
 
     def devices(self) -> list[Device]:
         return [export.device for export in self]
@@ -308,6 +339,25 @@ class Exports:
         device.close()
         if forget and tier and self._remote:
             self._remote.forget(tier)
+
+
+class Visible:
+    """The exports that one client may use, its handshake's Catalogue; the others do not exist."""
+
+    def __init__(self, exports: Exports, client: Callable[[], Client]) -> None:
+        self._exports = exports
+        self._client = client
+
+    def find(self, name: str) -> ExportInfo | None:
+        client = self._client()
+        for export in self._exports.named(name):
+            if export.rules.allow(client):
+                return export.info()
+        return None
+
+    def listed(self) -> Iterable[ExportInfo]:
+        client = self._client()
+        return [export.info() for export in self._exports if export.rules.allow(client)]
 
 
 def _codec(dense: bool) -> Codec | None:

@@ -38,9 +38,10 @@ from nbdram.observe.web import WebServer, pages
 from nbdram.protocol.handshake import TlsPolicy
 from nbdram.server import notify
 from nbdram.server.admin import Admin
-from nbdram.server.connection import MAX_CONNECTIONS, Connection, Service
+from nbdram.server.connection import Connection, Service
 from nbdram.server.exports import Exports
 from nbdram.server.listeners import open_listeners, unlink_if_ours
+from nbdram.server.quiet import hang_up_on_the_quiet
 from nbdram.server.tls import Tls
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class Server:
         self.reclaimer: Reclaimer = Reclaimer(budget, self.exports.devices)
         self.service: Service = Service(self.exports)
         self.service.write_wait_s = settings.write_wait_s
+        self.service.limits = settings.limits
         self.endpoints: list[Endpoint] = []
         self._servers: list[asyncio.AbstractServer] = []
         self._control: ControlServer | None = None
@@ -90,6 +92,7 @@ class Server:
         self.auto_budget: AutoBudget | None = None
         self._pressure: asyncio.Task[None] | None = None
         self._sweeper: asyncio.Task[None] | None = None
+        self._quiet: asyncio.Task[None] | None = None
         self._remote_sweeper: asyncio.Task[None] | None = None
         self._socket_files: list[tuple[str, int]] = []
 
@@ -111,7 +114,10 @@ class Server:
             for endpoint in self.settings.listen:
                 await self._listen(endpoint)
             self._control = self._open_control()
-            self.service.max_connections = min(MAX_CONNECTIONS, _connections_possible(tls=bool(self.settings.tls)))
+            self.service.max_connections = min(
+                self.settings.limits.connections, _connections_possible(tls=bool(self.settings.tls))
+            )
+            self._quiet = asyncio.create_task(hang_up_on_the_quiet(self.service))
             if self.settings.follow_pressure:
                 self._pressure = asyncio.create_task(self._follow_pressure())
             self.ready = True
@@ -226,8 +232,9 @@ class Server:
     async def stop(self) -> None:
         """No new connections; requests in flight are answered (bounded in time); memory is given back."""
         self.ready = False
-        if self._pressure:
-            self._pressure.cancel()
+        for task in (self._pressure, self._quiet):
+            if task:
+                task.cancel()
         if self._control:
             self._control.stop()
             self._control = None

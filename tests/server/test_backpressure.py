@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from nbdram.config import Limits
 from nbdram.protocol.handshake import ReplyMode
 from nbdram.protocol.wire import Command
-from nbdram.server.connection import MAX_TASKS, RECEIVE_BYTES
+from nbdram.server.connection import RECEIVE_BYTES
 from tests.helpers import ALL_MODES, CHUNK_MODES, GIB, KIB, MIB, PAGE, Running, client_flags, go, request, running
 from tests.server.wired import Wire, wired
 
@@ -44,7 +45,7 @@ async def test_reads_whose_replies_nobody_takes_stop_being_parsed(mode: ReplyMod
         taken = await feed_until_paused(wire, request(mode, Command.READ, 0, length) * 64, 100_000)
         assert taken < 100_000
         assert waiting_bytes(wire) < BATCH_BYTES + length + RECEIVE_BYTES
-        assert len(wire.connection._tasks) <= MAX_TASKS
+        assert len(wire.connection._tasks) <= Limits().requests_in_flight
 
 
 @MODES
@@ -54,7 +55,7 @@ async def test_tasks_of_one_connection_are_bounded(mode: ReplyMode) -> None:
         holes = [wire.client.request(Command.READ, 0, 300 * KIB) for _ in range(200)]
         wire.feed_one(b"".join(holes))
         assert wire.paused
-        assert len(wire.connection._tasks) == MAX_TASKS
+        assert len(wire.connection._tasks) == Limits().requests_in_flight
         answers = await wire.client.replies(200)
         assert all(len(answer.data) == 300 * KIB for answer in answers.values())
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from nbdram.protocol.handshake import Failure
-from nbdram.protocol.wire import Option
-from nbdram.server import connection as connection_module
+from nbdram.config import Limits
+from nbdram.protocol.handshake import Failure, ReplyMode
+from nbdram.protocol.wire import Command, Option
+from nbdram.server.quiet import sweep
 from tests.helpers import (
     Client,
     Served,
@@ -16,6 +17,7 @@ from tests.helpers import (
     dial,
     eventually,
     info_payload,
+    request,
     running,
     served,
 )
@@ -27,11 +29,9 @@ async def half_way(here: Served) -> Client:
     return client
 
 
-async def test_a_handshake_has_a_limit_in_time_whatever_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(connection_module, "HANDSHAKE_TIMEOUT_S", 0.2)
-    async with served(tmp_path) as here, await here.client() as silent, await half_way(here) as chatty:
+async def test_a_handshake_has_a_limit_in_time_whatever_is_said(tmp_path: Path) -> None:
+    limits = Limits(handshake_timeout_s=0.2)
+    async with served(tmp_path, limits=limits) as here, await here.client() as silent, await half_way(here) as chatty:
         with suppress(ConnectionError, asyncio.IncompleteReadError):
             for _ in range(30):
                 await chatty.ask(Option.INFO, info_payload("nobody"))
@@ -42,9 +42,8 @@ async def test_a_handshake_has_a_limit_in_time_whatever_is_said(
         assert here.server.service.counters.handshake_failures[Failure.LATE] == 2
 
 
-async def test_who_has_entered_may_be_silent_for_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection_module, "HANDSHAKE_TIMEOUT_S", 0.05)
-    async with served(tmp_path) as here, await here.entered() as client:
+async def test_who_has_entered_may_be_silent_for_longer(tmp_path: Path) -> None:
+    async with served(tmp_path, limits=Limits(handshake_timeout_s=0.05)) as here, await here.entered() as client:
         await asyncio.sleep(0.1)
         assert await client.read(0, 1) == b"\0"
 
@@ -56,11 +55,8 @@ async def test_after_32_options_the_handshake_is_over(tmp_path: Path) -> None:
         assert await client.rest() == b""
 
 
-async def test_the_oldest_half_handshake_makes_room_for_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(connection_module, "MAX_HANDSHAKES", 3)
-    async with served(tmp_path) as here, await here.entered() as inside:
+async def test_the_oldest_half_handshake_makes_room_for_the_next(tmp_path: Path) -> None:
+    async with served(tmp_path, limits=Limits(handshakes=3)) as here, await here.entered() as inside:
         idle = [await half_way(here) for _ in range(3)]
         async with await here.entered() as late:
             assert await idle[0].rest() == b""
@@ -124,3 +120,38 @@ async def test_too_many_open_files_keep_new_clients_out_and_nobody_else(tmp_path
         await asyncio.sleep(0.05)
         async with await here.entered() as late:
             assert await late.read(0, 10) == b"still here"
+
+
+async def test_who_asks_for_nothing_for_too_long_is_hung_up_on(tmp_path: Path) -> None:
+    async with served(tmp_path, limits=Limits(idle_timeout_s=0.3)) as here:
+        async with await here.entered() as idle, await here.entered() as busy:
+            gone = asyncio.create_task(idle.rest())
+            while not gone.done():
+                assert await busy.read(0, 1) == b"\0"
+                await asyncio.sleep(0.01)
+            assert await gone == b""
+        assert here.server.service.counters.hung_up == {"idle": 1, "stalled": 0, "forbidden": 0, "removed": 0}
+
+
+async def test_idle_clients_stay_by_default(tmp_path: Path) -> None:
+    async with served(tmp_path) as here, await here.entered():
+        for now in (0.0, 1e9, 2e9):
+            sweep(here.server.service, now)
+        await asyncio.sleep(0.01)
+        assert len(here.connections) == 1
+
+
+@pytest.mark.parametrize("deaf", [True, False], ids=["reads no reply", "sends no rest"])
+async def test_who_stops_in_the_middle_is_hung_up_on(tmp_path: Path, deaf: bool) -> None:
+    async with served(tmp_path, limits=Limits(stall_timeout_s=0.3)) as here:
+        async with await here.entered() as client, await here.entered() as idle:
+            await idle.write(0, bytes(65536))
+            if deaf:
+                client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+                await client.send(b"".join(client.request(Command.READ, 0, 65536) for _ in range(500)))
+            else:
+                await client.send(request(ReplyMode.SIMPLE, Command.WRITE, 0, 1 << 20) + bytes(1 << 19))
+            await eventually(lambda: len(here.connections) == 1)
+            assert await idle.read(0, 1) == b"\0", "who only waits may go on doing so"
+        assert here.server.service.counters.hung_up["stalled"] == 1
+        assert not here.device().incoming

@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 
-from nbdram.config import Endpoint, TlsSettings
+from nbdram.config import Endpoint, Limits, TlsSettings
 from nbdram.errors import NbdramError
 from nbdram.protocol.handshake import Failure, ReplyMode
 from nbdram.protocol.wire import Command, Option, OptionReply
-from nbdram.server import connection as connection_module
 from nbdram.server.tls import Tls, load, names_of
 from tests.certificates import Authority, Certificates
 from tests.helpers import (
@@ -197,21 +196,22 @@ async def test_what_is_no_tls_fails_by_itself(tmp_path: Path, certificates: Cert
 
 
 async def test_silence_after_starttls_has_the_deadline_of_the_handshake(
-    tmp_path: Path, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, certificates: Certificates
 ) -> None:
-    monkeypatch.setattr(connection_module, "HANDSHAKE_TIMEOUT_S", 0.2)
-    async with secured(tmp_path, certificates) as here, await here.plain() as client:
-        await client.ask(Option.STARTTLS)
-        assert await client.rest() == b""
+    async with secured(tmp_path, certificates) as here:
+        here.server.service.limits = Limits(handshake_timeout_s=0.2)
+        async with await here.plain() as client:
+            await client.ask(Option.STARTTLS)
+            assert await client.rest() == b""
         await here.all_gone()
         assert here.failures[Failure.LATE] == 1
 
 
 async def test_half_tls_handshakes_make_room_for_others_and_leave_nothing_behind(
-    tmp_path: Path, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, certificates: Certificates
 ) -> None:
-    monkeypatch.setattr(connection_module, "MAX_HANDSHAKES", 5)
     async with secured(tmp_path, certificates) as here:
+        here.server.service.limits = Limits(handshakes=5)
         before = open_sockets()
         idle = [await here.plain() for _ in range(20)]
         for client in idle[-5:]:
@@ -268,7 +268,7 @@ async def test_clients_show_a_certificate_of_the_right_authority_or_are_refused(
         shown = trusting(certificates.ca, ours / "client-cert.pem", ours / "client-key.pem")
         async with await here.inside(shown) as client:
             await go_on(client)
-            assert here.connection().names == {"alice.example.org"}
+            assert here.connection().client.names == {"alice.example.org"}
         await here.all_gone()
         strange = trusting(certificates.ca, theirs / "client-cert.pem", theirs / "client-key.pem")
         for context in (trusting(certificates.ca), strange):
