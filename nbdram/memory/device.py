@@ -29,6 +29,7 @@ from nbdram.memory.layout import (
     TIER_SHIFT,
     TOUCHED,
     WHOLE,
+    WORDS_PER_PAGE,
     Reference,
     Tier,
     pages_within,
@@ -39,6 +40,7 @@ from nbdram.memory.space import FarImage, Space, tiers_of
 log = logging.getLogger("nbdram.device")
 
 _SAMPLED_FAULTS: Final = 63  # every 64th fault from RAM is timed
+_ALL_TOUCHED: Final = bytes((TOUCHED,)) * WORDS_PER_PAGE
 
 Buffer = bytes | memoryview
 Piece = tuple[int, int, list[Buffer]]  # start, end (bytes of the device), content
@@ -95,6 +97,9 @@ class Device(Space):
         """Whether every page of [offset, end) is in `hot`; touches the clusters that are."""
         words, references = self.words, self.references
         first, last = offset >> CLUSTER_SHIFT, (end - 1) >> CLUSTER_SHIFT
+        if self.is_whole(first, last + 1):
+            references[first : last + 1] = _ALL_TOUCHED[: last + 1 - first]
+            return True
         for cluster in range(first, last + 1):
             if not references[cluster]:
                 return False
@@ -348,7 +353,11 @@ class Device(Space):
         """Set the bits of pages whose bytes are in `hot`; returns how many became resident."""
         words, references = self.words, self.references
         new_pages = 0
-        for cluster in range(offset >> CLUSTER_SHIFT, ((end - 1) >> CLUSTER_SHIFT) + 1):
+        first, after = offset >> CLUSTER_SHIFT, ((end - 1) >> CLUSTER_SHIFT) + 1
+        if self.is_whole(first, after):
+            references[first:after] = _ALL_TOUCHED[: after - first]
+            return 0
+        for cluster in range(first, after):
             mask = pages_within(cluster, offset, end)
             if references[cluster]:
                 word = words[cluster]

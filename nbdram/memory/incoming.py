@@ -32,6 +32,9 @@ class Incoming:
 
     def grant(self) -> None:
         """Claim memory for the next window; ENOSPC or FarPage, if it must wait, and then nothing changed."""
+        if self._device.is_whole(self._granted >> CLUSTER_SHIFT, ((self._end - 1) >> CLUSTER_SHIFT) + 1):
+            self._granted = self._end
+            return
         end = min(self._end, -(-(self._granted + WINDOW_BYTES) // PAGE) * PAGE)
         self._device.fault_edges(self._granted, end)
         missing = self._device.missing_pages(self._granted, end)
@@ -44,6 +47,11 @@ class Incoming:
     def is_held_up(self) -> bool:
         """Whether it takes another grant to go on."""
         return self._at == self._granted
+
+    @property
+    def is_last(self) -> bool:
+        """Whether `view` has room for all that is still to come."""
+        return self._granted == self._end
 
     @property
     def remaining(self) -> tuple[int, int]:
@@ -93,7 +101,7 @@ class Incoming:
         """Whole clusters of zeros become holes at once: the inode tables of a new ext4 come as written zeros."""
         hot = self._device.hot
         for base in range(-(-start // CLUSTER) * CLUSTER, end - CLUSTER + 1, CLUSTER):
-            if hot[base : base + 8] == _ZEROS[:8] and hot[base : base + CLUSTER] == _ZEROS:
+            if not hot[base] and hot[base : base + 8] == _ZEROS[:8] and hot[base : base + CLUSTER] == _ZEROS:
                 self._device.clear(base >> CLUSTER_SHIFT)
 
     def abandon(self) -> None:

@@ -68,6 +68,15 @@ _MAX_BATCH_BYTES: Final = 4 * 1024 * 1024
 # Decompressed bytes are ours until the socket takes them: at most this much, and one answer, for each connection.
 _MAX_COPIED_BYTES: Final = 256 * 1024
 
+# As long as one connection is all there is to serve, its next requests are received right here, without a round
+# through the event loop, and after its replies we wait a moment for what it sends in return: at queue depth 1 that
+# is 1.7 times the rate. Everybody else waits this much longer, at most:
+_LINGER_S: Final = 0.0005
+_SPIN_S: Final = 40e-6
+_ALONE_BATCHES: Final = 32  # so many in a row from one connection make it the only one
+# Replies to large WRITEs wait until so many are there, or nothing more has come in.
+_MAX_DONE: Final = 4
+
 # After a large batch of READs the loop dozes for as long as its client needs to take the replies, instead of
 # being woken for each next request: measured at queue depth 64, 4.6 -> 2.4 us of CPU per READ, and 15 % more
 # of them, because the client need not wake anybody either. Only while no other connection is being served.
@@ -91,6 +100,7 @@ class Service:
         self.counters = ServiceCounters(dict.fromkeys(Failure, 0))
         self.batches = 0
         self.last_served: Connection | None = None
+        self.served_since = 0  # the number of the batch since when it was `last_served`
         self.write_wait_s = WRITE_WAIT_S
         self.fetcher = Fetcher()
         self.tls: Tls | None = None
@@ -171,6 +181,7 @@ class Connection(asyncio.BufferedProtocol):
         self._incoming: Incoming | None = None
         self._incoming_request = (0, 0)  # its cookie and offset
         self._incoming_since = 0.0
+        self._done: list[Buffer] = []  # replies to large WRITEs, which are sent together
         self._skip = 0  # bytes of a refused payload that are still to come
         self._skip_reply: Buffer = b""  # the refusal, held back until then
         # sending
@@ -222,16 +233,70 @@ class Connection(asyncio.BufferedProtocol):
         return self._view[: self._window]
 
     def buffer_updated(self, nbytes: int) -> None:
+        if self._handshake is not None:
+            self._haggle(self._view[:nbytes])
+            return
+        self._received(nbytes)
+        service = self._service
+        if service.last_served is self and service.batches - service.served_since >= _ALONE_BATCHES:
+            self._linger()
+        if self._done:
+            self._send_done()
+
+    def _received(self, nbytes: int) -> None:
         if self._incoming is not None:
             self._payload_received(nbytes)
-        elif self._handshake is not None:
-            self._haggle(self._view[:nbytes])
         elif self._held:
             end = len(self._held) + nbytes
             self._held = b""
             self._parse(end)
         else:
             self._parse(nbytes)
+
+    def _linger(self) -> None:
+        """Receive and answer what else comes in, until nothing does for a moment, or others must have their turn.
+
+        The end of the connection is left to the event loop, which sees it next.
+        """
+        readv, yield_cpu, now = os.readv, os.sched_yield, time.perf_counter
+        budget = self.device.budget
+        started = now()
+        idle_at = 0.0
+        while not (self._stalled or self._closing or self._ended or budget.free_pages < budget.wake_below):
+            place = self.get_buffer(-1)
+            room = len(place)
+            try:
+                if self._incoming is not None and self._incoming.is_last:
+                    # The next request comes along, but not its payload, which would have to be copied.
+                    received = readv(self._fd, (place, self._view[: self._header_bytes]))
+                else:
+                    received = readv(self._fd, (place,))
+            except BlockingIOError:
+                if self._done:
+                    self._send_done()
+                moment = now()
+                idle_at = idle_at or moment
+                if moment - idle_at > _SPIN_S or moment - started > _LINGER_S:
+                    return
+                yield_cpu()
+                continue
+            except OSError:
+                return
+            if not received:
+                return
+            idle_at = 0.0
+            self._received(min(received, room))
+            if received > room:
+                self._next_header(received - room)
+            if now() - started > _LINGER_S:
+                return
+
+    def _next_header(self, length: int) -> None:
+        """Bytes of a request that came along with the end of a payload."""
+        if self._stalled:
+            self._held = bytes(self._view[:length])
+        elif not self._closing:
+            self._parse(length)
 
     def eof_received(self) -> bool:
         """The client will send no more; answer what it did send, then close."""
@@ -448,6 +513,10 @@ class Connection(asyncio.BufferedProtocol):
                             continue
                 elif length < DIRECT_BYTES:
                     break
+                elif length <= wire.MAX_PAYLOAD_BYTES:
+                    after = self._write(start, end, out, cookie, offset, length)
+                    at = max(at, after)  # -1: it must wait
+                    break
             after = self._uncommon(at, end, out, flags, command, cookie, offset, length)
             if after < 0:  # incomplete
                 break
@@ -472,8 +541,10 @@ class Connection(asyncio.BufferedProtocol):
                 self._end_sample(*sample)
             if reads >= _DOZE_FROM and service.last_served is self and not self._stalled:
                 time.sleep(min(reads * _DOZE_PER_READ_S, _DOZE_MAX_S))
-        service.last_served = self
         self.active = True
+        if service.last_served is not self:
+            service.last_served = self
+            service.served_since = service.batches
 
     def _read_cold(self, out: list[Buffer], cluster: int, cookie: int, offset: int, stop: int) -> bool:
         """Answer a READ within one cluster, none of it resident, from its image in RAM; False: another case."""
@@ -700,12 +771,18 @@ class Connection(asyncio.BufferedProtocol):
             self._incoming = None
             # More of the same is likely: take only the next header, so that its payload needs no copy.
             self._window = self._header_bytes
-            self.send([self.replies.done(*self._incoming_request)])
+            self._done.append(self.replies.done(*self._incoming_request))
+            if len(self._done) >= _MAX_DONE:
+                self._send_done()
             seconds = time.perf_counter() - self._incoming_since
             self._service.counters.inline_seconds["write"].observe(seconds)
-            self._close_if_idle()
         elif incoming.is_held_up:
             self._grant(incoming)
+
+    def _send_done(self) -> None:
+        done, self._done = self._done, []
+        self.send(done)
+        self._close_if_idle()
 
     def _grant(self, incoming: Incoming) -> None:
         """Let a large WRITE go on, wait until it can, or refuse it and pass over the rest of its payload."""
@@ -961,7 +1038,7 @@ class Connection(asyncio.BufferedProtocol):
         self._transport.abort()
 
     def _close_if_idle(self) -> None:
-        idle = not (self._unsent or self._tasks or self._incoming)
+        idle = not (self._unsent or self._tasks or self._incoming or self._done)
         if idle and (self._closing or (self._ended and not self._stalled)):
             self._transport.close()
 
