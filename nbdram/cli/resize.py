@@ -1,28 +1,46 @@
-"""nbdram resize: change the maximum of an export, while clients use it."""
+"""nbdram resize: change the maximum of an export, while clients use it, and the file system on it."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from nbdram.cli.exports import add_control
 from nbdram.config import check_size, format_size, parse_size
-from nbdram.observe.control import ask
+from nbdram.observe.control import ask, default_path
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser("resize", help="change the maximum of an export while it is in use")
-    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("name", metavar="NAME|DIR", help="an export, or where `nbdram mount` has mounted one")
     parser.add_argument("size", metavar="SIZE", help="the new maximum, as in 64G")
     parser.add_argument("--shrink", action="store_true", help="allow a smaller one, above all data")
+    parser.add_argument("--grow-fs", action="store_true", help="let the file system that is mounted have it all")
     add_control(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from nbdram.client.mount_notes import Place, note_of
+
     size = check_size(parse_size(arguments.size))
-    resized = resize(arguments.control, arguments.name, size, shrink=arguments.shrink)
+    name, control = arguments.name, arguments.control
+    note = note_of(name) if control == default_path() else None
+    if note and note.server:
+        name, control = note.name, Place(note.name).control
+    resized = resize(control, name, size, shrink=arguments.shrink)
+    if note and note.server:
+        Place(note.name).write(replace(note, size=size))
     print(f"{resized['name']} has {format_size(resized['size'])} now")
+    if not arguments.grow_fs:
+        return 0
+    from nbdram.client import growing
+    from nbdram.client.capability import need_sys_admin
+
+    need_sys_admin("growing a file system")
+    for point in growing.grow_file_systems(growing.tell_kernel(resized["identity"], size)):
+        print(f"the file system at {point} has grown")
     return 0
 
 

@@ -2,12 +2,12 @@
 
 import os
 import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from nbdram.client.undoing import run
 from nbdram.errors import NbdramError
 
 # Where programs of the system are, also for users whose PATH lacks them.
@@ -99,7 +99,7 @@ def found_on(device: Path) -> str:
     except OSError as error:
         raise NbdramError(f"can't read {device}: {error.strerror}") from error
     argv = [program("blkid", "util-linux"), "-p", "-o", "value", "-s", "TYPE", "-s", "PTTYPE", str(device)]
-    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    done = run(argv)
     if done.returncode not in (0, 2):
         raise NbdramError(f"can't look at {device}: {_last_line(done.stderr)}")
     return done.stdout.strip().partition("\n")[0]
@@ -114,10 +114,7 @@ def program(name: str, package: str) -> str:
 
 
 def _run(argv: Sequence[str], package: str) -> None:
-    whole = [program(argv[0], package), *argv[1:]]
-    done = subprocess.run(
-        whole, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
-    )
+    done = run([program(argv[0], package), *argv[1:]])
     if done.returncode != 0:
         raise NbdramError(f"{argv[0]} failed: {_last_line(done.stderr) or f'exit code {done.returncode}'}")
 

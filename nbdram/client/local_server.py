@@ -31,21 +31,15 @@ def command(place: Place, size: int, memory: int, swap: Sequence[SwapSettings], 
     return tuple(words)
 
 
-def start(place: Place, argv: Sequence[str]) -> None:
-    """Start it and return when it serves; NbdramError with the last that it said if it doesn't."""
+def start(place: Place, argv: Sequence[str]) -> "subprocess.Popen[bytes]":
     with place.log.open("ab") as log:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, cwd="/", start_new_session=True
         )
-    try:
-        _await(place, process)
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
 
 
-def _await(place: Place, process: "subprocess.Popen[bytes]") -> None:
+def wait_until_ready(place: Place, process: "subprocess.Popen[bytes]") -> None:
+    """Return when it serves; NbdramError with the last that it said if it doesn't."""
     deadline = time.monotonic() + _START_TIMEOUT_S
     while True:
         if place.control.is_socket():
@@ -58,6 +52,16 @@ def _await(place: Place, process: "subprocess.Popen[bytes]") -> None:
         if time.monotonic() > deadline:
             raise NbdramError(f"the server is not ready after {_START_TIMEOUT_S:g} s: see {place.log}")
         time.sleep(0.01)
+
+
+def end(process: "subprocess.Popen[bytes]") -> None:
+    """End one that has just been started."""
+    process.terminate()
+    try:
+        process.wait(_STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def stop(state: Path) -> None:

@@ -18,7 +18,7 @@ from nbdram.client.attachment import default_directory
 from nbdram.client.filesystems import FILE_SYSTEMS
 from nbdram.client.mount_notes import MountNote, Place
 from nbdram.client.mountinfo import mounted_at
-from nbdram.client.undoing import Steps, all_or_nothing
+from nbdram.client.undoing import Steps, all_or_nothing, uninterrupted
 from nbdram.config import SwapSettings
 from nbdram.errors import NbdramError, UsageError
 
@@ -71,7 +71,10 @@ def mount(wanted: Wanted) -> MountNote:
             if note.server:
                 _serve(wanted, place, note, steps, kept)
             note = _attach(wanted, place, note, steps)
-            return _mount(wanted, place, note, steps)
+            note = _mount(wanted, place, note, steps)
+            if kept and note.size > kept.size and note.kind in FILE_SYSTEMS:
+                filesystems.grow(FILE_SYSTEMS[note.kind], Path(note.device), wanted.point)
+            return note
 
 
 def check_point(point: Path, *, nonempty: bool) -> None:
@@ -134,8 +137,10 @@ def _serve(wanted: Wanted, place: Place, note: MountNote, steps: Steps, kept: Mo
         place.state.mkdir(mode=0o700, exist_ok=True)
         steps.undo_with(_drop_state, place)
         filesystems.mount_tmpfs(place.state, limit)
-    steps.undo_with(local_server.stop, place.state)
-    local_server.start(place, note.server)
+    with uninterrupted():
+        process = local_server.start(place, note.server)
+        steps.undo_with(local_server.end, process)
+    local_server.wait_until_ready(place, process)
 
 
 def _drop_state(place: Place) -> None:
@@ -144,7 +149,7 @@ def _drop_state(place: Place) -> None:
 
 
 def _attach(wanted: Wanted, place: Place, note: MountNote, steps: Steps) -> MountNote:
-    with steps.uninterrupted():
+    with uninterrupted():
         details = {"uri": note.uri, "index": wanted.index, "server": note.server, **wanted.attach}
         made = ask(default_directory(), "attach", **details)
         steps.undo_with(_detach, made["device"])

@@ -13,7 +13,7 @@ from nbdram.cli import mount_helper
 from nbdram.client import attachment, filesystems, mount_notes, mountinfo, mounting
 from nbdram.client.mount_notes import MountNote, Place, name_for, note_of
 from nbdram.client.mountinfo import Mounted, users_of
-from nbdram.client.undoing import all_or_nothing
+from nbdram.client.undoing import all_or_nothing, uninterrupted
 from nbdram.errors import NbdramError
 
 
@@ -149,7 +149,7 @@ def test_a_signal_waits_for_a_step_of_which_nobody_could_tell_how_far_it_came() 
 
     def work() -> None:
         with all_or_nothing() as steps:
-            with steps.uninterrupted():
+            with uninterrupted():
                 os.kill(os.getpid(), signal.SIGTERM)
                 steps.undo_with(done.append, "undone")
             done.append("not reached")
