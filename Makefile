@@ -10,7 +10,10 @@ TEST_PACKAGES := $(DEMO_PACKAGES) libnbd-bin python3-libnbd qemu-utils fio nbdki
 	redis-server podman buildah runc mmdebstrap systemd \
 	xfsprogs btrfs-progs
 
-.PHONY: setup demo test bench lint clean packages-demo packages-test
+# And what compiles the benchmarks' floor.
+BENCH_PACKAGES := $(TEST_PACKAGES) gcc libc6-dev
+
+.PHONY: setup demo test bench lint clean packages-demo packages-test packages-bench
 
 setup: packages-demo .venv/ready
 
@@ -28,7 +31,7 @@ lint: .venv/test-ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: packages-test .venv/ready
+bench: packages-bench .venv/ready
 	$(BIN)/python -m bench $(BENCH_ARGS)
 
 .venv/ready: pyproject.toml
@@ -45,6 +48,9 @@ packages-demo:
 
 packages-test:
 	@deploy/need-packages $(TEST_PACKAGES)
+
+packages-bench:
+	@deploy/need-packages $(BENCH_PACKAGES)
 
 clean:
 	rm -rf .venv build *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache

@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 from bench import proc
 from bench.errors import BenchError
+from nbdram.config import parse_size
 
 START_TIMEOUT_S: Final = 20.0
 STOP_TIMEOUT_S: Final = 10.0
@@ -176,6 +177,19 @@ def qemu_nbd(size: str) -> Server:
         return [*command, "--cache=writeback", str(disk)]
 
     return Server("qemu-nbd", argv)
+
+
+def floor(size: str) -> Server:
+    """A server in C that does no work beyond the socket's (see floor.c): one connection at a time."""
+
+    def argv(directory: Path) -> list[str]:
+        program = directory / "floor"
+        if not shutil.which("cc"):
+            raise BenchError("cc is not installed: the floor is a C program")
+        subprocess.run(["cc", "-O2", "-o", program, Path(__file__).parent / "floor.c"], check=True)
+        return [str(program), str(socket_in(directory)), str(parse_size(size))]
+
+    return Server("floor", argv)
 
 
 PEERS: Final[Mapping[str, Callable[[str], Server]]] = {"nbdkit": nbdkit, "qemu-nbd": qemu_nbd}

@@ -12,10 +12,11 @@ from bench.fio import Job
 from bench.host import need_memory
 from bench.options import Found, Options
 from bench.rounds import JobSamples, Results, Sample
-from bench.servers import PEERS, nbdram, running
+from bench.servers import PEERS, floor, nbdram, running
 
 OURS: Final = "nbdram"
 YARDSTICK: Final = "nbdkit"
+FLOOR: Final = "floor"
 _SIZE: Final = "1G"
 
 
@@ -35,6 +36,7 @@ class Target:
 
 
 _DETAIL_NOTE: Final = """\
+floor: a C server of one thread that does no work (bench/floor.c), and its ratio to nbdkit.
 fio: cores that fio kept busy. Near 1.00 it is fio that limits the speed: the server could do more.
 others: cores that other processes took at worst. Far above 0, the figures are not to be trusted,
 and there is a question mark behind "met"."""
@@ -61,9 +63,9 @@ def run(options: Options) -> Found:
     if not chosen:
         known = ", ".join(job.name for job in TARGETS)
         raise NoMatch(f"no job matches {options.only!r}: {known}")
-    names = [OURS, *options.peers]
+    servers = [nbdram({"ram": _SIZE}), *(PEERS[peer](_SIZE) for peer in options.peers), floor(_SIZE)]
+    names = [server.name for server in servers]
     need_memory(len(names) + 1)
-    servers = [nbdram({"ram": _SIZE}), *(PEERS[peer](_SIZE) for peer in options.peers)]
     with running(servers):
         for server in servers:
             fio.fill(server.uri())
@@ -75,8 +77,8 @@ def run(options: Options) -> Found:
 
 
 def speed_table(jobs: Sequence[Job], results: Results, names: Sequence[str], title: str) -> str:
-    """One row for each job; ratios are ours to nbdkit's, the median of the rounds' own ratios."""
-    head = ["job", "", *names, "ratio", "range", "ratio CPU", "target", "met"]
+    """One row for each job; ratios are to nbdkit's, the median of the rounds' own ratios."""
+    head = ["job", "", *names, "ratio", "range", "ratio CPU", "target", "met", "floor's"]
     rows = []
     for job in jobs:
         samples = results[job.name]
@@ -94,7 +96,7 @@ def _speed(job: Job, samples: Sequence[Sample]) -> str:
 
 def _verdict(job: Job, samples: JobSamples) -> list[str]:
     if YARDSTICK not in samples:
-        return ["-"] * 5
+        return ["-"] * 6
     speeds = rounds.ratios(samples[OURS], samples[YARDSTICK], rounds.speed)
     cpus = rounds.ratios(samples[OURS], samples[YARDSTICK], rounds.cpu)
     speed, cpu = statistics.median(speeds), statistics.median(cpus)
@@ -102,7 +104,10 @@ def _verdict(job: Job, samples: JobSamples) -> list[str]:
     met = "-" if target is None else "yes" if target.is_met(speed, cpu) else "no"
     if rounds.disturbed([*samples[OURS], *samples[YARDSTICK]]):
         met += "?"
-    return [f"{speed:.2f}", report.span(speeds), f"{cpu:.2f}", str(target or "-"), met]
+    cells = [f"{speed:.2f}", report.span(speeds), f"{cpu:.2f}", str(target or "-"), met]
+    if FLOOR not in samples:
+        return [*cells, "-"]
+    return [*cells, f"{statistics.median(rounds.ratios(samples[FLOOR], samples[YARDSTICK], rounds.speed)):.2f}"]
 
 
 def detail_table(jobs: Sequence[Job], results: Results, names: Sequence[str]) -> str:
