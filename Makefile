@@ -13,7 +13,7 @@ TEST_PACKAGES := $(DEMO_PACKAGES) libnbd-bin python3-libnbd qemu-utils fio nbdki
 # And what compiles the benchmarks' floor.
 BENCH_PACKAGES := $(TEST_PACKAGES) gcc libc6-dev
 
-.PHONY: setup demo test bench lint clean packages-demo packages-test packages-bench
+.PHONY: setup demo test bench report lint clean packages-demo packages-test packages-bench
 
 setup: packages-demo .venv/ready
 
@@ -33,6 +33,11 @@ lint: .venv/test-ready
 
 bench: packages-bench .venv/ready
 	$(BIN)/python -m bench $(BENCH_ARGS)
+
+# All that docs/benchmarks.md tells, measured anew.
+report: packages-bench .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	$(BIN)/python -m bench publish $(BENCH_ARGS)
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -1,4 +1,4 @@
-"""`python -m bench [serving|paging|scale]`: measure, print tables, keep the raw figures if asked to."""
+"""`python -m bench [SECTION]`: measure, print tables, keep the raw figures if asked to."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NoReturn
 
-from bench import host, paging, report, scale, serving
+from bench import curves, host, paging, publish, report, scale, serving
 from bench.errors import BenchError, NoMatch
 from bench.options import Found, Options
 from bench.servers import PEERS
@@ -19,6 +19,8 @@ SECTIONS: Final[Mapping[str, Callable[[Options], Found]]] = {
     "serving": serving.run,
     "paging": paging.run,
     "scale": scale.run,
+    "curves": curves.run,
+    "publish": publish.run,
 }
 DEFAULT_SECTIONS: Final = ("serving", "paging")
 
