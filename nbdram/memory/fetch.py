@@ -20,6 +20,7 @@ from nbdram.memory.layout import (
     TIER_SHIFT,
     Tier,
 )
+from nbdram.memory.mailbox import Mailbox
 from nbdram.memory.recent import Recent
 from nbdram.memory.space import FarImage
 
@@ -32,6 +33,7 @@ class Fetcher:
 
     def __init__(self) -> None:
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="nbdram-fetch")
+        self._mailbox = Mailbox()
         self._under_way: dict[FarImage, tuple[Device, asyncio.Future[bytes]]] = {}
         # What is read is held in memory until it is sent: who reads much takes one of these for each part.
         self.turns = asyncio.Semaphore(_TURNS)
@@ -105,7 +107,7 @@ class Fetcher:
             source: Future[bytes] = device.remote.fetch(cluster, slot, length)
         else:
             source = self._readers.submit(device.load_image, cluster, word)
-        under_way = asyncio.wrap_future(source)
+        under_way = self._mailbox.future(source)
         self._under_way[image] = (device, under_way)
         under_way.add_done_callback(done)
 

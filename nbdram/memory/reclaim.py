@@ -40,13 +40,14 @@ from nbdram.memory.layout import (
     cold_word,
     page_runs,
 )
+from nbdram.memory.mailbox import Mailbox
 from nbdram.memory.space import cold_reference
 
 log = logging.getLogger("nbdram.reclaim")
 
 BATCH: Final = 16
 _BATCHES_AT_WORK: Final = 2
-_BATCHES_TO_FAR: Final = 4  # of images on their way down
+_BATCHES_TO_FAR: Final = 8  # of images on their way down
 _MEASURE_S: Final = 0.25
 _VERDICT_S: Final = 0.25  # how long "there is nothing left" is believed
 # After this many rounds of the clocks' hands without a gain there is nothing left to reclaim: for either kind of
@@ -93,6 +94,7 @@ class Reclaimer:
         self._wanted = asyncio.Event()
         self._complained = False
         self._gains = 0  # clusters that were reclaimed
+        self._mailbox = Mailbox()
         self._tasks: list[asyncio.Task[None]] = []
         self._at_work: set[asyncio.Task[list[_Job]]] = set()
 
@@ -146,7 +148,7 @@ class Reclaimer:
             jobs, came_round = self._pick(images=images)
             if jobs:
                 self._at_work.add(asyncio.create_task(self._work(jobs)))
-            most = _BATCHES_TO_FAR if images else _BATCHES_AT_WORK
+            most = _BATCHES_TO_FAR if any(device.remote for device in self._devices()) else _BATCHES_AT_WORK
             while len(self._at_work) >= (1 if came_round else most):
                 await self._collect()
             if self._gains != seen:
@@ -192,12 +194,12 @@ class Reclaimer:
     async def _work(self, jobs: list[_Job]) -> list[_Job]:
         """Have a batch stored. Those that would not be stay where they are."""
         await asyncio.get_running_loop().run_in_executor(self._workers, _store, jobs)
-        for job in jobs:
-            if job.storing:
-                try:
-                    await asyncio.wrap_future(job.storing)
-                except OSError as error:
-                    job.image = _not_stored(job, error)
+        stored = [(job, self._mailbox.future(job.storing)) for job in jobs if job.storing]
+        for job, storing in stored:
+            try:
+                await storing
+            except OSError as error:
+                job.image = _not_stored(job, error)
         return jobs
 
     async def _collect(self) -> None:

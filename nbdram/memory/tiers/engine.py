@@ -22,7 +22,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, Final
 
@@ -54,18 +53,20 @@ _Transient = (
 _Broken = (exceptions.ConnectionError, exceptions.TimeoutError, OSError)
 
 
+Finish = Callable[[Any, OSError | None], None]  # what the node said, or why there is no answer
+
+
 class Command:
-    """What to send, where its answer goes, and until when it is worth trying (monotonic)."""
+    """What to send, until when it is worth trying (monotonic), and who is told, in some thread, what came of it."""
 
-    __slots__ = ("answer", "asking", "deadline", "key", "words")
+    __slots__ = ("asking", "deadline", "finish", "key", "words")
 
-    def __init__(self, key: bytes, words: tuple[bytes, ...], deadline: float) -> None:
+    def __init__(self, key: bytes, words: tuple[bytes, ...], deadline: float, finish: Finish) -> None:
         self.key = key
         self.words = words
         self.deadline = deadline
         self.asking = False
-        self.answer: Future[Any] = Future()
-        self.answer.set_running_or_notify_cancel()  # who loses interest does not stop it
+        self.finish = finish
 
     @property
     def writes(self) -> bool:
@@ -202,12 +203,8 @@ class Engine:
 
     # -- sending -------------------------------------------------------------------------------------
 
-    def send(self, command: Command) -> "Future[Any]":
-        """From any thread, without waiting. The answer is what the node said, or an OSError."""
-        self._route(command)
-        return command.answer
-
-    def _route(self, command: Command) -> None:
+    def send(self, command: Command) -> None:
+        """From any thread, without waiting."""
         owner = self.owner(command.key)
         if owner is None:
             self.retry(command, exceptions.ClusterDownError("the cluster has no node for it"))
@@ -227,7 +224,7 @@ class Engine:
     def answered(self, command: Command, reply: Any) -> None:
         """A node's answer; errors among them decide where the command goes next."""
         if not isinstance(reply, Exception):
-            command.answer.set_result(reply)
+            command.finish(reply, None)
         elif isinstance(reply, exceptions.MovedError):
             self._look_again()
             self._redirect(command, reply, asking=False)
@@ -296,7 +293,7 @@ class Engine:
                     self._look()
                 looked = time.monotonic()
             for command in ready:
-                self._route(command)
+                self.send(command)
             if now >= minute + 60:
                 minute = now
                 if self._each_minute:
@@ -432,7 +429,7 @@ def _reply(connection: AbstractConnection) -> Any:
 
 
 def _fail(command: Command, error: OSError) -> None:
-    command.answer.set_exception(error)
+    command.finish(None, error)
 
 
 def _slots_of(rows: Any, asked: Address) -> list[Address | None]:

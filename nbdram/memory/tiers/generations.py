@@ -12,6 +12,7 @@ to be removed from the remote at the next start.
 
 import mmap
 import os
+import random
 import secrets
 import threading
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ class Generations:
         self._numbers = memoryview(self._area).cast("Q")
         self._lock = threading.Lock()
         self._closed = False
+        self._draw = random.Random(secrets.randbits(256)).getrandbits
 
     def close(self) -> None:
         with self._lock:
@@ -47,7 +49,7 @@ class Generations:
 
     def new(self, cluster: int, slot: int) -> tuple[int, int]:
         """Draw and remember the generation of an image that is going to be stored; and the one in its place, or 0."""
-        generation = secrets.randbits(64) or 1
+        generation = self._draw(64) or 1
         with self._lock:
             old = self._numbers[2 * cluster + slot]
             self._numbers[2 * cluster + slot] = generation

@@ -24,7 +24,7 @@ from uuid import UUID
 
 from nbdram.memory.codec import IntegrityError, MissingImage
 from nbdram.memory.layout import PAGE, Tier
-from nbdram.memory.tiers.engine import Command, Engine
+from nbdram.memory.tiers.engine import Command, Engine, Finish
 from nbdram.memory.tiers.generations import GENERATIONS_BYTES, Generations
 from nbdram.memory.tiers.ram import image_pages
 from nbdram.memory.tiers.remote_settings import RemoteSettings
@@ -100,26 +100,28 @@ class Remote:
 
     # -- images --------------------------------------------------------------------------------------
 
-    def store(self, key: bytes, sealed: bytes) -> "Future[Any]":
-        return self.engine.send(Command(key, (b"SET", key, sealed), time.monotonic() + _STORE_S))
+    def store(self, key: bytes, sealed: bytes, finish: Finish) -> None:
+        self.engine.send(Command(key, (b"SET", key, sealed), time.monotonic() + _STORE_S, finish))
 
-    def fetch(self, key: bytes, wait_s: float) -> "Future[Any]":
-        return self.engine.send(Command(key, (b"GET", key), time.monotonic() + wait_s))
+    def fetch(self, key: bytes, wait_s: float, finish: Finish) -> None:
+        self.engine.send(Command(key, (b"GET", key), time.monotonic() + wait_s, finish))
 
-    def drop(self, key: bytes) -> "Future[Any] | None":
-        """Some time soon; None if too many wait already."""
+    def drop(self, key: bytes, finish: Finish | None = None) -> bool:
+        """Some time soon; False if too many wait already."""
         with self._lock:
             if self.drops_waiting >= _MOST_DROPS:
-                return None
+                return False
             self.drops_waiting += 1
-        dropping = self.engine.send(Command(key, (b"UNLINK", key), float("inf")))
-        dropping.add_done_callback(self._dropped)
-        return dropping
 
-    def _dropped(self, _: "Future[Any]") -> None:
-        with self._lock:
-            self.drops_waiting -= 1
-        self._retry_at = 0.0
+        def dropped(reply: Any, error: OSError | None) -> None:
+            with self._lock:
+                self.drops_waiting -= 1
+            self._retry_at = 0.0
+            if finish:
+                finish(reply, error)
+
+        self.engine.send(Command(key, (b"UNLINK", key), float("inf"), dropped))
+        return True
 
     def seal(self, image: bytes, label: bytes) -> bytes:
         return self._seal.seal(image, label)
@@ -135,14 +137,13 @@ class Remote:
         if recovered:
             log.warning("%s: cold data can be stored again", self.settings)
 
-    def refused(self, error: BaseException) -> None:
+    def refused(self, error: OSError) -> None:
         with self._lock:
             failed_before, self.failing = self.failing, True
             self.failures += 1
             self._retry_at = time.monotonic() + _RETRY_S
         if not failed_before:
-            reason = error.strerror if isinstance(error, OSError) else error
-            log.error("%s: can't store cold data: %s; it stays where it is for now", self.settings, reason)
+            log.error("%s: can't store cold data: %s; it stays where it is for now", self.settings, error.strerror)
 
     # -- whose images there are ----------------------------------------------------------------------
 
@@ -154,10 +155,8 @@ class Remote:
     def unregister(self, identity: UUID) -> None:
         """Say that a device is no more: whatever it has left may go."""
         self._records.pop(identity, None)
-        dropping = self.drop(DEVICE_PREFIX + identity.hex.encode())
-        if dropping:
-            with suppress(OSError):  # the server stops
-                dropping.result()
+        with suppress(OSError):  # the server stops
+            self._ask(DEVICE_PREFIX + identity.hex.encode(), b"UNLINK")
 
     def forget(self, tier: "RemoteTier") -> None:
         """Remove all that a device has here, which is closed already, some time soon."""
@@ -182,8 +181,14 @@ class Remote:
 
     def knows(self, identity: UUID) -> bool:
         """Whether a device has a record here. OSError if the remote is away."""
-        key = DEVICE_PREFIX + identity.hex.encode()
-        return self.fetch(key, self.settings.wait_s).result() is not None
+        return self._ask(DEVICE_PREFIX + identity.hex.encode(), b"GET") is not None
+
+    def _ask(self, key: bytes, word: bytes) -> Any:
+        """One command, waited for. OSError if the remote is away."""
+        answer: Future[Any] = Future()
+        deadline = time.monotonic() + self.settings.wait_s
+        self.engine.send(Command(key, (word, key), deadline, lambda reply, error: _settle(answer, reply, error)))
+        return answer.result()
 
     def _renew(self) -> None:
         """Called each minute, in a thread of the engine."""
@@ -199,7 +204,7 @@ class Remote:
         words: tuple[bytes, ...] = (b"SET", key, json.dumps(record).encode())
         if not kept:
             words += (b"EX", b"%d" % _RECORD_S)
-        self.engine.send(Command(key, words, float("inf")))
+        self.engine.send(Command(key, words, float("inf"), lambda *_: None))
 
 
 class RemoteTier:
@@ -226,7 +231,7 @@ class RemoteTier:
     def has_any_room(self) -> bool:
         return self.remote.has_room()
 
-    def submit(self, cluster: int, slot: int, image: bytes) -> "Future[Any]":
+    def submit(self, cluster: int, slot: int, image: bytes) -> "Future[None]":
         """Seal an image and send it off; done when it is stored, OSError if it is not."""
         generation, left = self.generations.new(cluster, slot)
         if left:
@@ -235,16 +240,17 @@ class RemoteTier:
         pages = image_pages(len(image))
         self.remote.use(pages)
 
-        def done(storing: "Future[Any]") -> None:
-            error = storing.exception()
+        storing: Future[None] = Future()
+
+        def finish(_: Any, error: OSError | None) -> None:
             if error is None:
                 self.remote.stored(len(image))
             else:
                 self.remote.refused(error)
                 self._drop(cluster, slot, generation, pages)  # it may have come through all the same
+            _settle(storing, None, error)
 
-        storing = self.remote.store(key, self.remote.seal(image, self._label(cluster, generation)))
-        storing.add_done_callback(done)
+        self.remote.store(key, self.remote.seal(image, self._label(cluster, generation)), finish)
         return storing
 
     def store(self, cluster: int, slot: int, image: bytes) -> None:
@@ -253,18 +259,20 @@ class RemoteTier:
     def fetch(self, cluster: int, slot: int, length: int, wait_s: float | None = None) -> "Future[bytes]":
         """An image of `length` bytes; OSError if the remote is away for too long, IntegrityError if it is not there."""
         generation = self.generations.at(cluster, slot)
-        opened: Future[bytes] = Future()
-        opened.set_running_or_notify_cancel()
+        fetching: Future[bytes] = Future()
 
-        def done(fetching: "Future[Any]") -> None:
-            try:
-                opened.set_result(self._open(fetching.result(), cluster, generation, length))
-            except Exception as error:
-                opened.set_exception(error)
+        def finish(sealed: bytes | None, error: OSError | None) -> None:
+            image = b""
+            if error is None:
+                try:
+                    image = self._open(sealed, cluster, generation, length)
+                except OSError as damage:
+                    error = damage
+            _settle(fetching, image, error)
 
         wait_s = self.remote.settings.wait_s if wait_s is None else wait_s
-        self.remote.fetch(self._key(cluster, generation), wait_s).add_done_callback(done)
-        return opened
+        self.remote.fetch(self._key(cluster, generation), wait_s, finish)
+        return fetching
 
     def _open(self, sealed: bytes | None, cluster: int, generation: int, length: int) -> bytes:
         if sealed is None:
@@ -291,21 +299,26 @@ class RemoteTier:
 
     def _drop(self, cluster: int, slot: int, generation: int, pages: int) -> None:
         self.remote.use(-pages)
-        dropping = self.remote.drop(self._key(cluster, generation))
-        if dropping:
-            dropping.add_done_callback(lambda done: self._forget(done, cluster, slot, generation))
-        else:
-            self.put_off = True
 
-    def _forget(self, done: "Future[Any]", cluster: int, slot: int, generation: int) -> None:
-        if not done.exception():
-            self.generations.forget(cluster, slot, generation)
+        def finish(_: Any, error: OSError | None) -> None:
+            if error is None:
+                self.generations.forget(cluster, slot, generation)
+
+        if not self.remote.drop(self._key(cluster, generation), finish):
+            self.put_off = True
 
     def _key(self, cluster: int, generation: int) -> bytes:
         return self._prefix + b"%x:%016x" % (cluster, generation)
 
     def _label(self, cluster: int, generation: int) -> bytes:
         return self.identity.bytes + cluster.to_bytes(8, "big") + generation.to_bytes(8, "big")
+
+
+def _settle(future: "Future[Any]", result: Any, error: OSError | None) -> None:
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
 
 
 def anonymous_generations(name: str) -> int:

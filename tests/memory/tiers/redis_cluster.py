@@ -18,7 +18,9 @@ from nbdram.memory.tiers.remote_settings import RemoteSettings
 
 SLOTS: Final = 16384
 _PATIENCE_S: Final = 60.0
-_NODE_TIMEOUT_MS: Final = 1000
+# A busy machine may well stop a server for some seconds, which is no failure yet.
+_CALM_MS: Final = 30_000
+HASTY_MS: Final = 1500
 
 
 @dataclass
@@ -32,7 +34,14 @@ class Node:
     client: redis.Redis = field(repr=False)
 
     def call(self, *words: Any) -> Any:
-        return self.client.execute_command(*words)
+        """What it answers; waited for while the cluster is not whole."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                return self.client.execute_command(*words)
+            except redis.exceptions.ClusterDownError:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
 
     def kill(self) -> None:
         """As power cuts do."""
@@ -120,15 +129,19 @@ def server(directory: Path, *arguments: str, port: int = 0) -> Iterator[Node]:
 
 
 @contextmanager
-def cluster(directory: Path, masters: int = 3, replicas: int = 0, *arguments: str) -> Iterator[Cluster]:
-    """A cluster; `replicas` of the masters (the first ones) get a replica each."""
+def cluster(
+    directory: Path, masters: int = 3, replicas: int = 0, *arguments: str, failover_ms: int = _CALM_MS
+) -> Iterator[Cluster]:
+    """A cluster; `replicas` of the masters (the first ones) get a replica each. A node that is away counts as lost
+    after `failover_ms`.
+    """
     count = masters + replicas
     ports = _free_ports(2 * count)
     nodes: list[Node] = []
     try:
         for port, bus in zip(ports[:count], ports[count:], strict=True):
             options: tuple[str, ...] = ("--cluster-enabled", "yes", "--cluster-port", str(bus))
-            options += ("--cluster-node-timeout", str(_NODE_TIMEOUT_MS), "--cluster-replica-validity-factor", "0")
+            options += ("--cluster-node-timeout", str(failover_ms), "--cluster-replica-validity-factor", "0")
             nodes.append(_start(directory / str(port), port, (*options, *arguments)))
         for number, node in enumerate(nodes[:masters]):
             node.call("CLUSTER", "ADDSLOTSRANGE", SLOTS * number // masters, SLOTS * (number + 1) // masters - 1)
