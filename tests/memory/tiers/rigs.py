@@ -125,6 +125,13 @@ class RemoteRig:
         assert self.remote.used_bytes == sum(-(-(length - SEAL_BYTES) // PAGE) * PAGE for length in lengths)
         return sum(lengths)
 
+    def value(self, key: bytes) -> bytes:
+        found: bytes = self.servers.owner(key).call("GET", key)
+        return found
+
+    def put(self, key: bytes, value: bytes) -> None:
+        self.servers.owner(key).call("SET", key, value)
+
     def key(self, device: Device, cluster: int) -> bytes:
         """Of the only image of a cluster."""
         assert device.remote

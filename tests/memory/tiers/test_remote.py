@@ -1,18 +1,48 @@
 """The remote tier on real servers that are killed, full, wrong, or away, under devices that are read and written."""
 
+import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from nbdram.errors import NbdramError
+from nbdram.memory.budget import Budget
+from nbdram.memory.codec import IntegrityError
 from nbdram.memory.layout import Tier
+from nbdram.memory.tiers.remote import Remote
 from nbdram.memory.tiers.remote_settings import RemoteSettings
 from nbdram.protocol.handshake import ReplyMode
-from nbdram.protocol.wire import Command
-from tests.helpers import CLUSTER, MIB, Client, Served, eventually, served
-from tests.memory.tiers.redis_cluster import Cluster
+from nbdram.protocol.wire import Command, Error
+from nbdram.server.exports import Exports
+from tests.helpers import CLUSTER, GIB, MIB, Client, Served, eventually, served
+from tests.memory.tiers.redis_cluster import Cluster, Node, until
+from tests.memory.tiers.redis_cluster import server as redis_server
+from tests.memory.tiers.rigs import remote_rig
 
 TIERS = "x-nbdram:tier"
+NOISE = random.Random(1).randbytes(CLUSTER)
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    with redis_server(tmp_path_factory.mktemp("lone")) as node:
+        yield node
+
+
+@pytest.fixture
+def lone(servers: Node) -> Node:
+    """A server that is no cluster, and empty."""
+    servers.call("FLUSHALL")
+    return servers
+
+
+def of(node: Node, **wanted: Any) -> RemoteSettings:
+    return replace(RemoteSettings((("127.0.0.1", node.port),)), **wanted)
 
 
 class Model:
@@ -73,3 +103,157 @@ async def test_three_times_as_much_as_memory_holds_comes_back(redis_cluster: Clu
             await model.write(model.chance.randrange(model.clusters))
         await model.check()
     assert redis_cluster.keys() == []
+
+
+# -- values that are not what they should be ---------------------------------------------------------
+
+
+def test_values_of_other_clusters_devices_and_times_are_refused(redis_cluster: Cluster) -> None:
+    with remote_rig(Path(), redis_cluster) as rig:
+        rig.store(rig.first, 0, 0, NOISE)
+        rig.store(rig.first, 1, 0, NOISE)
+        rig.store(rig.second, 0, 0, NOISE)
+        mine, others = rig.key(rig.first, 0), (rig.key(rig.first, 1), rig.key(rig.second, 0))
+        old = rig.value(mine)
+        for key in others:
+            rig.put(mine, rig.value(key))
+            with pytest.raises(IntegrityError, match="not what was stored"):
+                rig.load(rig.first, 0, 0, CLUSTER)
+        rig.put(mine, old[:100])
+        with pytest.raises(IntegrityError, match="not what was stored"):
+            rig.load(rig.first, 0, 0, CLUSTER)
+        rig.put(mine, old)
+        assert rig.load(rig.first, 0, 0, CLUSTER) == NOISE
+        rig.drop(rig.first, 0, 0, CLUSTER)
+        rig.store(rig.first, 0, 0, NOISE[::-1])
+        assert rig.key(rig.first, 0) != mine, "a key was used twice"
+        rig.put(rig.key(rig.first, 0), old)
+        with pytest.raises(IntegrityError, match="not what was stored"):
+            rig.load(rig.first, 0, 0, CLUSTER)
+
+
+def test_nothing_readable_is_in_the_remote(redis_cluster: Cluster) -> None:
+    with remote_rig(Path(), redis_cluster) as rig:
+        rig.store(rig.first, 0, 0, b"a very secret thing " * 3000)
+        value = rig.value(rig.key(rig.first, 0))
+        assert len(value) > 60000
+        assert b"secret" not in value
+
+
+async def test_a_missing_value_is_an_error_for_its_cluster_alone(lone: Node, tmp_path: Path) -> None:
+    async with modelled(tmp_path, of(lone)) as (server, model):
+        await model.fill()
+        device = server.device()
+        await eventually(lambda: device.remote_clusters > 300)
+        victim = next(c for c in range(model.clusters) if device.word(c) >> 50 == Tier.REMOTE)
+        (key,) = lone.client.scan_iter(f"nbdram:image:*:{victim:x}:*", count=10000)
+        lone.call("DEL", key)
+        for _ in range(2):
+            answer = await model.client.call(Command.READ, victim * CLUSTER, 4096)
+            assert (answer.error, answer.data) == (Error.EIO, b""), "not even zeros"
+        assert device.missing_images == device.integrity_errors == 2
+        del model.numbers[victim]
+        await model.check()
+        await model.write(victim)  # whole: what is lost is not needed any more
+        await model.check()
+
+
+# -- a remote that refuses ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
+def test_a_server_that_might_evict_is_refused(lone: Node, policy: str) -> None:
+    lone.call("CONFIG", "SET", "maxmemory-policy", policy)
+    try:
+        with pytest.raises(NbdramError, match=rf"may evict keys \(maxmemory-policy {policy}\): set it to noeviction"):
+            Remote(of(lone))
+    finally:
+        lone.call("CONFIG", "SET", "maxmemory-policy", "noeviction")
+
+
+async def test_a_full_server_keeps_what_it_has_and_takes_more_when_there_is_room(
+    lone: Node, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lone.call("CONFIG", "SET", "maxmemory", lone.client.info("memory")["used_memory"] + 4 * MIB)
+    try:
+        async with modelled(tmp_path, of(lone), mib=24) as (server, model):
+            remote = server.server.remote
+            assert remote
+            await model.fill()
+            await eventually(lambda: remote.failing)
+            await model.check()
+            lone.call("CONFIG", "SET", "maxmemory", 0)
+            while remote.failing:
+                await model.write(model.chance.randrange(model.clusters))
+            await model.check()
+    finally:
+        lone.call("CONFIG", "SET", "maxmemory", 0)
+    assert caplog.text.count("can't store cold data: it has no memory left") == 1
+    assert "cold data can be stored again" in caplog.text
+
+
+def test_no_more_is_stored_than_was_allowed(redis_cluster: Cluster) -> None:
+    with remote_rig(Path(), redis_cluster, max_bytes=2 * CLUSTER + 4096) as rig:
+        rig.store(rig.first, 0, 0, NOISE)
+        assert rig.remote.has_room()
+        rig.store(rig.first, 1, 0, NOISE)
+        assert not rig.remote.has_room()
+        rig.drop(rig.first, 0, 0, CLUSTER)
+        assert rig.remote.has_room()
+
+
+def test_an_image_without_its_replicas_is_not_stored(lone: Node) -> None:
+    remote = Remote(of(lone, replicas=1))
+    exports = Exports(Budget(64 * MIB), remote=remote)
+    tier = exports.create("ram", GIB).device.remote
+    assert tier
+    with pytest.raises(OSError, match="0 of 1 replicas have it"):
+        tier.store(0, 0, NOISE)
+    assert remote.failing
+    until(lambda: not remote.drops_waiting, "the image stays")
+    assert not list(lone.client.scan_iter("nbdram:image:*"))
+    exports.close()
+    remote.close()
+
+
+# -- a remote that is away ---------------------------------------------------------------------------
+
+
+async def test_a_server_that_hangs_holds_up_only_those_who_need_it(lone: Node, tmp_path: Path) -> None:
+    async with modelled(tmp_path, of(lone)) as (server, model):
+        await model.fill()
+        device = server.device()
+        await eventually(lambda: device.remote_clusters > 300)
+        far = next(c for c in range(model.clusters) if device.word(c) >> 50 == Tier.REMOTE)
+        lone.stop()
+        try:
+            reading = asyncio.create_task(model.client.read(far * CLUSTER, CLUSTER))
+            async with await server.entered() as other:
+                await other.write(900 * MIB, b"resident")
+                for _ in range(100):
+                    assert await other.read(900 * MIB, 8) == b"resident"
+            assert not reading.done()
+        finally:
+            lone.go_on()
+        assert await reading == model.content(model.numbers[far])
+        await model.check()
+
+
+async def test_reads_of_a_server_that_stays_away_end_in_an_error_and_its_images_are_there_when_it_is_back(
+    lone: Node, tmp_path: Path
+) -> None:
+    async with modelled(tmp_path, of(lone, wait_s=0.5), mib=32) as (server, model):
+        await model.fill()
+        device = server.device()
+        remote = server.server.remote
+        assert remote
+        await eventually(lambda: device.remote_clusters > 50)
+        far = next(c for c in range(model.clusters) if device.word(c) >> 50 == Tier.REMOTE)
+        lone.stop()
+        try:
+            answer = await model.client.call(Command.READ, far * CLUSTER, 4096)
+            assert answer.error == Error.EIO
+        finally:
+            lone.go_on()
+        await model.check()
+        assert device.missing_images == 0
