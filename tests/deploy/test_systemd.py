@@ -23,7 +23,7 @@ def test_systemd_accepts_the_units(tmp_path: Path) -> None:
     assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
 
 
-@pytest.mark.parametrize(("unit", "most"), [("nbdram.service", 2.0), ("nbdram-keeper.service", 4.0)])
+@pytest.mark.parametrize(("unit", "most"), [("nbdram.service", 2.0), ("nbdram-keeper.service", 4.5)])
 def test_units_are_as_locked_up_as_can_be(unit: str, most: float) -> None:
     judged = analyze("security", "--offline=true", f"--threshold={round(most * 10)}", str(UNITS / unit))
     assert judged.returncode == 0, judged.stdout
@@ -52,4 +52,11 @@ def test_the_keeper_may_do_what_it_asks_the_kernel_for() -> None:
     assert values("nbdram-keeper.service", "RuntimeDirectory") == [default_directory().name]
     (capabilities,) = values("nbdram-keeper.service", "CapabilityBoundingSet")
     assert {"CAP_SYS_ADMIN", "CAP_IPC_LOCK", "CAP_SYS_RESOURCE"} <= set(capabilities.split())
-    assert {"mlockall", "prctl", "bind", "socket"} <= system_calls("nbdram-keeper.service")
+    assert {"mlockall", "prctl", "bind", "socket", "umount2"} <= system_calls("nbdram-keeper.service")
+
+
+def test_the_keeper_unmounts_for_all_of_the_host() -> None:
+    of_its_own = ("ProtectSystem", "ProtectHome", "ProtectControlGroups", "ProtectKernel", "ProtectProc", "ProcSubset")
+    of_its_own += ("Private", "ReadOnlyPaths", "ReadWritePaths", "InaccessiblePaths", "TemporaryFileSystem", "Bind")
+    for key, _ in settings("nbdram-keeper.service"):
+        assert not key.startswith(of_its_own), f"{key} makes a mount namespace"
