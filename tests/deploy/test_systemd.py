@@ -56,7 +56,17 @@ def test_the_keeper_may_do_what_it_asks_the_kernel_for() -> None:
 
 
 def test_the_keeper_unmounts_for_all_of_the_host() -> None:
-    of_its_own = ("ProtectSystem", "ProtectHome", "ProtectControlGroups", "ProtectKernel", "ProtectProc", "ProcSubset")
-    of_its_own += ("Private", "ReadOnlyPaths", "ReadWritePaths", "InaccessiblePaths", "TemporaryFileSystem", "Bind")
+    of_its_own = (
+        *(
+            "ProtectSystem",
+            "ProtectHome",
+            "ProtectControlGroups",
+            "ProtectKernel",
+            "ProtectProc",
+            "ProcSubset",
+            "Private",
+        ),
+        *("ReadOnlyPaths", "ReadWritePaths", "InaccessiblePaths", "TemporaryFileSystem", "Bind"),
+    )
     for key, _ in settings("nbdram-keeper.service"):
         assert not key.startswith(of_its_own), f"{key} makes a mount namespace"
