@@ -79,6 +79,8 @@ RESIDENT_MASKS: Final = tuple(
     for last in range(PAGES_PER_CLUSTER)
 )
 
+RESIDENT_AND_DIRTY_MASKS: Final = tuple(mask * RESIDENT_AND_DIRTY for mask in RESIDENT_MASKS)
+
 
 def round_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit

@@ -33,7 +33,7 @@ from nbdram.config import Limits
 from nbdram.memory.device import Device, FarPage
 from nbdram.memory.fetch import Fetcher
 from nbdram.memory.incoming import Incoming
-from nbdram.memory.layout import CLUSTER, CLUSTER_SHIFT, RESIDENT_AND_DIRTY, RESIDENT_MASKS, TOUCHED
+from nbdram.memory.layout import CLUSTER, CLUSTER_SHIFT, RESIDENT_AND_DIRTY_MASKS, RESIDENT_MASKS, TOUCHED
 from nbdram.memory.space import Copies
 from nbdram.protocol import wire
 from nbdram.protocol.handshake import (
@@ -84,7 +84,7 @@ _DOZE_FROM: Final = 16
 _DOZE_PER_READ_S: Final = 2e-6
 _DOZE_MAX_S: Final = 60e-6
 
-Buffer = bytes | memoryview
+Buffer = bytes | bytearray | memoryview
 
 
 class Service:
@@ -432,10 +432,11 @@ class Connection(asyncio.BufferedProtocol):
         )
         writable = not self.export.read_only
         write_flags = wire.CommandFlag.PAYLOAD_LEN if self._mode is ReplyMode.EXTENDED else 0
-        masks = RESIDENT_MASKS
+        masks, dirty_masks = RESIDENT_MASKS, RESIDENT_AND_DIRTY_MASKS
         pack_simple, pack_read = wire.SIMPLE_REPLY.pack, wire.READ_DATA.pack
         out: list[Buffer] = []
         append = out.append
+        done = bytearray()  # what acknowledges the WRITEs
         reads = writes = read_bytes = written_bytes = 0
         batch_end = _MAX_BATCH_BYTES
         at = 0
@@ -493,23 +494,17 @@ class Connection(asyncio.BufferedProtocol):
                     within = offset & 0xFFFF
                     if 0 < length <= CLUSTER - within:
                         cluster = offset >> CLUSTER_SHIFT
-                        mask = masks[within >> 12 << 4 | (within + length - 1) >> 12]
-                        mask *= RESIDENT_AND_DIRTY
+                        mask = dirty_masks[within >> 12 << 4 | (within + length - 1) >> 12]
                         if references[cluster] and words[cluster] & mask == mask:
                             hot[offset:stop] = view[start : start + length]
                             references[cluster] = TOUCHED
                             at = start + length
                             if write_flags:
-                                append(self.replies.done(cookie, offset))
+                                done += self.replies.done(cookie, offset)
                             else:
-                                append(pack_simple(0x67446698, 0, cookie))
+                                done += pack_simple(0x67446698, 0, cookie)
                             writes += 1
                             written_bytes += length
-                            if len(out) >= _MAX_BUFFERS:
-                                self._send(out)
-                                out.clear()
-                                if self._stalled:
-                                    break
                             continue
                 elif length < DIRECT_BYTES:
                     break
@@ -535,6 +530,8 @@ class Connection(asyncio.BufferedProtocol):
         counters.written_bytes += written_bytes
         if at < end:
             self._held = bytes(view[at:end])
+        if done:
+            out.insert(0, done)
         if out:
             self._send(out)
             if sample:
@@ -930,6 +927,8 @@ class Connection(asyncio.BufferedProtocol):
         except OSError:
             self._transport.abort()
             self._stall()
+            return
+        if sent == sum(map(len, buffers)):
             return
         for number, buffer in enumerate(buffers):
             if sent < len(buffer):

@@ -11,7 +11,7 @@ from collections import deque
 from nbdram.memory.layout import CLUSTER_SHIFT
 from nbdram.memory.space import Copies
 
-Buffer = bytes | memoryview
+Buffer = bytes | bytearray | memoryview
 
 
 def clusters_of(buffers: deque[Buffer]) -> set[int]:
