@@ -1,4 +1,4 @@
-# make demo | test | bench | lint: each sets itself up first (a .venv, and Debian packages).
+# make demo | test | bench | crash | lint: each sets itself up first (a .venv, and Debian packages).
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,7 +13,7 @@ TEST_PACKAGES := $(DEMO_PACKAGES) libnbd-bin python3-libnbd qemu-utils fio nbdki
 # And what compiles the benchmarks' floor.
 BENCH_PACKAGES := $(TEST_PACKAGES) gcc libc6-dev
 
-.PHONY: setup demo test bench report lint clean packages-demo packages-test packages-bench
+.PHONY: setup demo test bench report crash lint clean packages-demo packages-test packages-bench
 
 setup: packages-demo .venv/ready
 
@@ -38,6 +38,10 @@ bench: packages-bench .venv/ready
 report: packages-bench .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	$(BIN)/python -m bench publish $(BENCH_ARGS)
+
+# Kills servers under a busy file system, for minutes; the record of it is docs/crash.md.
+crash: packages-test .venv/test-ready
+	$(BIN)/python -m tests.kernel.crash $(CRASH_ARGS)
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv

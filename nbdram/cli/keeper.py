@@ -1,6 +1,7 @@
 """nbdram keeper: keep attached devices connected, in the foreground (as a service)."""
 
 import argparse
+import importlib
 import logging
 import os
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 from nbdram.client.attachment import default_directory
 from nbdram.errors import NbdramError
 
-_RESTART_S = 0.2
+_RESTART_S = 0.05
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -29,6 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
     directory = arguments.directory or default_directory()
     if not arguments.until_idle:
         return _keep(directory, until_idle=False)
+    # All that the keeper needs is loaded before: the next one is at work a few milliseconds after this one was killed.
+    importlib.import_module("nbdram.client.keeper")
     while (pid := os.fork()) != 0:
         _, status = os.waitpid(pid, 0)
         if os.WIFEXITED(status):

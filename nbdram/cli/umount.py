@@ -21,6 +21,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def run(arguments: argparse.Namespace) -> int:
     need_sys_admin("unmounting a file system")
     note = note_of(arguments.what)
+    if note is None and arguments.leftovers:
+        return 0
     if note is None:
         raise NbdramError(f"nbdram has mounted nothing at {os.path.realpath(arguments.what)}: see `nbdram mount`")
     from nbdram.client.unmounting import unmount

@@ -27,7 +27,12 @@ def unmount(note: MountNote, *, free: bool = False, force: bool = False, leftove
         note = found
         if force and _is_ours(note):
             ask(default_directory(), "detach", index=sysfs.index_of(note.device))
-        _unmount(note)
+        place.write(replace(note, kind=""))  # so that the keeper does not clear up meanwhile
+        try:
+            _unmount(note)
+        except BaseException:
+            place.write(note)
+            raise
         if _is_ours(note):
             _detach(note)
         if note.server:
