@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -308,6 +309,11 @@ class ServeSettings:
     remote_first: bool = False  # before the directories of `swap`
     tls: TlsSettings | None = None
     limits: Limits = Limits()
+    asked_memory: int | None = None  # what `memory` was computed from; None: it was left to us
+    default_rules: Rules = OPEN  # for exports that are made while the server runs
+    verbose: bool = False
+    log_format: str = "text"
+    same_host: bool = False
 
     @property
     def plaintext_may_listen(self) -> bool:
@@ -315,13 +321,22 @@ class ServeSettings:
         return self.allow_plaintext or (self.tls is not None and self.tls.required)
 
     def check(self) -> None:
-        """What can be said without opening anything."""
+        """The first of `mistakes` as an error."""
+        for _, told in self.mistakes():
+            raise UsageError(told)
+
+    def mistakes(self) -> Iterator[tuple[str, str]]:
+        """What can be said without opening anything: the setting, and what is wrong."""
         seen: set[str] = set()
         for export in self.exports:
             if export.name in seen:
-                raise UsageError(f"there are two exports called {export.name!r}: give each a name of its own")
+                yield "exports", f"there are two exports called {export.name!r}: give each a name of its own"
             seen.add(export.name)
         for endpoint in self.listen:
-            endpoint.check_plaintext(self.plaintext_may_listen)
+            try:
+                endpoint.check_plaintext(self.plaintext_may_listen)
+            except UsageError as error:
+                yield "listen", str(error)
         if self.memory < MIN_MEMORY:
-            raise UsageError(f"--memory must be at least {format_size(MIN_MEMORY)}: the server itself needs half of it")
+            told = f"must be at least {format_size(MIN_MEMORY)}: the server itself needs half of it"
+            yield "memory", f"--memory {told}"

@@ -20,6 +20,8 @@ _COMMANDS = {
     "resize": "resize",
     "rm": "rm",
     "check": "check",
+    "config": "config",
+    "reload": "reload",
     "list": "list_exports",
     "info": "info",
     "map": "map_extents",

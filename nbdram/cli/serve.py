@@ -1,35 +1,32 @@
 """nbdram serve: run a server in the foreground."""
 
 import argparse
-import logging
+import os
 from pathlib import Path
 
 import uvloop
 
 from nbdram.client.resident import stay_out_of_the_way
-from nbdram.config import (
-    DEFAULT_METRICS,
-    ExportSettings,
-    ServeSettings,
-    TlsSettings,
-    default_listen,
-    format_size,
-    parse_listen,
-    parse_metrics,
-    parse_size,
-)
-from nbdram.config_remote import parse_swap
-from nbdram.errors import UsageError
-from nbdram.memory.available import cgroup_limits, default_budget
+from nbdram.config import DEFAULT_METRICS, ServeSettings
+from nbdram.configuration.keys import EXPORT_FLAG, KEYS
+from nbdram.configuration.loader import DEFAULT_FILE, find_file, load
 from nbdram.observe import logs
-from nbdram.server.connection import WRITE_WAIT_S
 from nbdram.server.server import serve
 
-log = logging.getLogger("nbdram")
+
+def add_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-c",
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help=f"settings (default: {DEFAULT_FILE}, if it is there); flags and NBDRAM_* variables come before them",
+    )
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser("serve", help="run a server in the foreground")
+    add_file(parser)
     parser.add_argument(
         "--export",
         action="append",
@@ -58,39 +55,33 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     )
     parser.add_argument(
         "--state-dir",
-        type=Path,
         metavar="DIR",
         help="keep all data, names and sizes there, so that a server started again on it goes on where this one ended; "
         "on tmpfs, as /run or /dev/shm are",
     )
     parser.add_argument(
         "--write-wait",
-        type=_seconds,
-        default=WRITE_WAIT_S,
         metavar="SECONDS",
-        help="how long a write may wait for memory before it gets ENOSPC (default: %(default)g)",
+        help="how long a write may wait for memory before it gets ENOSPC (default: 20)",
     )
     parser.add_argument(
         "--allow-plaintext",
         action="store_true",
+        default=None,
         help="allow addresses that others can reach, without encryption",
     )
+    parser.add_argument("--tls-cert", metavar="FILE", help="the server's certificate, and those behind it (PEM)")
+    parser.add_argument("--tls-key", metavar="FILE", help="its private key (PEM)")
     parser.add_argument(
-        "--tls-cert", type=Path, metavar="FILE", help="the server's certificate, and those behind it (PEM)"
-    )
-    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key (PEM)")
-    parser.add_argument(
-        "--tls-client-ca", type=Path, metavar="FILE", help="clients must show a certificate of these authorities (PEM)"
+        "--tls-client-ca", metavar="FILE", help="clients must show a certificate of these authorities (PEM)"
     )
     parser.add_argument(
         "--tls",
         choices=("require", "allow"),
-        default="require",
-        help="whether TCP clients must use TLS where there is a certificate (default: %(default)s)",
+        help="whether TCP clients must use TLS where there is a certificate (default: require)",
     )
     parser.add_argument(
         "--control",
-        type=Path,
         metavar="PATH",
         help="the control socket (default: nbdram.control in the runtime directory)",
     )
@@ -103,71 +94,30 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser.add_argument(
         "--same-host",
         action="store_true",
+        default=None,
         help="its devices are mounted on this host: be spared, and wait for none of them, when memory is short",
     )
-    parser.add_argument("--log-format", choices=logs.FORMATS, default="text", help="json: one object a line")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log every connection")
+    parser.add_argument("--log-format", choices=logs.FORMATS, help="json: one object a line")
+    parser.add_argument("-v", "--verbose", action="store_true", default=None, help="log every connection")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    logs.set_up(arguments.log_format, verbose=arguments.verbose)
-    exports = tuple(ExportSettings.parse(text) for text in arguments.export or ())
-    swap, remote, remote_first = parse_swap(arguments.swap or ())
-    listen = tuple(parse_listen(text) for text in arguments.listen or ())
-    settings = ServeSettings(
-        exports=exports,
-        listen=listen or default_listen(),
-        memory=_memory(arguments.memory),
-        follow_pressure=arguments.memory == "auto",
-        allow_plaintext=arguments.allow_plaintext,
-        swap=swap,
-        remote=remote,
-        remote_first=remote_first,
-        write_wait_s=arguments.write_wait,
-        control=arguments.control,
-        metrics=DEFAULT_METRICS if arguments.metrics is None else parse_metrics(arguments.metrics),
-        metrics_required=arguments.metrics is not None,
-        state_dir=arguments.state_dir,
-        tls=_tls(arguments),
-    )
-    settings.check()
-    if arguments.same_host:
+    logs.set_up(arguments.log_format or "text", verbose=bool(arguments.verbose))
+    file = find_file(arguments.config, os.environ)
+    flags = {key.name: getattr(arguments, dest(key.flag)) for key in (*KEYS, EXPORT_FLAG) if key.flag}
+
+    def read(running: ServeSettings | None = None) -> ServeSettings:
+        return load(file, os.environ, flags, running)
+
+    settings = read()
+    logs.set_up(settings.log_format, verbose=settings.verbose)
+    if settings.same_host:
         stay_out_of_the_way()
-    uvloop.run(serve(settings))
+    uvloop.run(serve(settings, read))
     return 0
 
 
-def _tls(arguments: argparse.Namespace) -> TlsSettings | None:
-    certificate, key, client_ca = arguments.tls_cert, arguments.tls_key, arguments.tls_client_ca
-    if certificate and key:
-        return TlsSettings(certificate, key, client_ca, arguments.tls == "require")
-    if certificate or key or client_ca:
-        raise UsageError("TLS takes both a certificate and its key: give --tls-cert FILE and --tls-key FILE")
-    return None
-
-
-def _memory(text: str | None) -> int:
-    """The budget asked for, or the default; never more than a control group allows."""
-    if text is None or text == "auto":
-        return default_budget()
-    try:
-        asked = parse_size(text)
-    except UsageError as error:
-        raise UsageError(f"--memory {error}") from None
-    allowed = min(cgroup_limits(), default=asked)
-    if asked > allowed:
-        log.warning(
-            "--memory %s is more than the control group allows: using %s", format_size(asked), format_size(allowed)
-        )
-    return min(asked, allowed)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < 3600:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 3600")
-    return seconds
+def dest(flag: str) -> str:
+    """What argparse calls a flag's value."""
+    return flag.removeprefix("--").replace("-", "_")

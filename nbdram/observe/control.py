@@ -5,6 +5,7 @@
     POST   /v1/exports
     DELETE /v1/exports/NAME[?force]
     POST   /v1/exports/NAME/resize
+    POST   /v1/reload
 
 It runs in a thread of its own, so that looking costs the event loop nothing: all that is read are plain numbers.
 What changes anything is handed to the loop. Errors are {"error": a sentence}.
@@ -127,6 +128,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return 200, admin.remove(name, force=parts.query == "force")
             case ["POST", "v1", "exports", name, "resize"]:
                 return 200, admin.resize(name, self._body())
+            case ["POST", "v1", "reload"]:
+                return 200, admin.reload(self._body())
         return 404, {"error": f"there is no {method} {parts.path}"}
 
     def _body(self) -> dict[str, Any]:

@@ -454,6 +454,28 @@ FAMILIES: Final = (
         ("cause",),
         lambda source: source.server.service.counters.hung_up.items(),
     ),
+    # -- settings
+    Family(
+        "nbdram_reload_failures_total",
+        "counter",
+        "Reloads that changed nothing, because a setting or a certificate was no good.",
+        (),
+        _server(lambda s: s.reloader.failures),
+    ),
+    Family(
+        "nbdram_reload_success_timestamp_seconds",
+        "gauge",
+        "When the settings that are in force were read, in seconds since 1970.",
+        (),
+        _server(lambda s: s.reloader.succeeded_at),
+    ),
+    Family(
+        "nbdram_tls_certificate_expiry_timestamp_seconds",
+        "gauge",
+        "When the certificate that is in use ends, in seconds since 1970; absent without TLS.",
+        (),
+        lambda source: [(tls.credentials.expires,)] if (tls := source.server.service.tls) else [],
+    ),
     Family(
         "nbdram_protocol_errors_total",
         "counter",

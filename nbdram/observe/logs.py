@@ -8,7 +8,7 @@ python -m nbdram.observe.logs > docs/logs.md
 import json
 import logging
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 FORMATS: Final = ("text", "json")
 _TEXT: Final = "%(asctime)s %(name)s %(levelname)s: %(message)s"
@@ -23,6 +23,11 @@ EVENTS: Final[dict[str, tuple[str, ...]]] = {
     "%s can't be answered: %s": ("reply_failed", "client", "reason"),
     "%s: a request failed unexpectedly": ("request_crashed", "client"),
     "%s is %s for %g s: hung up on": ("hung_up", "client", "reason", "seconds"),
+    "%s may not use %r any more: hung up on": ("hung_up", "client", "export"),
+    "nothing was reloaded: %s": ("reload_failed", "reason"),
+    "reloaded: %s": ("reloaded", "change"),
+    "not changed: %s": ("reload_incomplete", "reason"),
+    "these settings need a restart: %s": ("restart_needed", "settings"),
     "%d connections: more are turned away": ("connections_full", "connections"),
     "%s: the data at offset %d is lost: %s": ("data_lost", "export", "offset", "reason"),
     "the memory budget is used up, and nothing more can be compressed": ("memory_full",),
@@ -74,10 +79,19 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up(style: str, *, verbose: bool) -> None:
-    """Log to stderr, warnings only unless `verbose`, in one of FORMATS."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if style == "json" else logging.Formatter(_TEXT))
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
+    """Log to stderr, warnings only unless `verbose`, in one of FORMATS; from the second call on, so from now on."""
+    root = logging.getLogger()
+    ours = next((handler for handler in root.handlers if isinstance(handler, _Stderr)), None)
+    if ours is None:
+        ours = _Stderr()
+        logging.basicConfig(handlers=[ours])
+    ours.setFormatter(JsonFormatter() if style == "json" else logging.Formatter(_TEXT))
+    if ours in root.handlers:
+        root.setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    pass
 
 
 _HEAD: Final = """\

@@ -3,10 +3,11 @@
 import asyncio
 import logging
 from collections.abc import Coroutine
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from nbdram.access import OPEN, Rules
 from nbdram.access import PARSERS as RULES
-from nbdram.access import Rules
 from nbdram.config import check_description, check_name, check_size, parse_size
 from nbdram.errors import Conflict, UsageError
 from nbdram.memory.layout import PAGE
@@ -43,7 +44,12 @@ class Admin:
 
     def remove(self, name: str, *, force: bool) -> Facts:
         """Its data is gone. With `force` connections are hung up on, else they are a Conflict."""
-        return self._on_loop(self._remove(name, force))
+        return self._on_loop(self.remove_now(name, force=force))
+
+    def reload(self, wanted: Facts) -> Facts:
+        """`wanted`: if wanted remove, for exports that have left the settings though they have data."""
+        fields = _fields(wanted, {}, remove=bool)
+        return asdict(self._on_loop(self._server.reloader.reload(remove=fields.get("remove", False))))
 
     def resize(self, name: str, wanted: Facts) -> Facts:
         """`wanted`: size, and if wanted shrink."""
@@ -68,7 +74,7 @@ class Admin:
             read_only=fields.get("read_only", False),
             description=check_description(fields.get("description", "")),
             dense=fields.get("density", False),
-            rules=Rules.parse({key: fields[key] for key in RULES if key in fields}),
+            rules=_rules(fields, self._server.settings.default_rules),
         )
         log.info("%r was made", name)
         return facts(export)
@@ -79,7 +85,7 @@ class Admin:
         log.info("%r has %d bytes now", name, exports.at(name).device.size)
         return facts(exports.at(name))
 
-    async def _remove(self, name: str, force: bool) -> Facts:
+    async def remove_now(self, name: str, *, force: bool = False) -> Facts:
         exports, connections = self._server.exports, self._server.service.connections
         export = exports.at(name)
         if export.connections and not force:
@@ -87,6 +93,7 @@ class Admin:
         exports.detach(name)
         for connection in list(connections):
             if connection.export is export:
+                self._server.service.counters.hung_up["removed"] += 1
                 connection.abort()
         await self._dispose(export)
         log.info("%r was removed", name)
@@ -124,6 +131,14 @@ def facts(export: "Export") -> Facts:
         "disk": device.disk_pages * PAGE,
         "remote": device.remote_pages * PAGE,
     }
+
+
+def _rules(fields: Facts, default: Rules) -> Rules:
+    """Those of the request; who may use the export is as the settings have it, if the request says nothing of that."""
+    rules = Rules.parse({key: fields[key] for key in RULES if key in fields})
+    if replace(rules, iops=0, bandwidth=0) != OPEN:
+        return rules
+    return replace(default, iops=rules.iops, bandwidth=rules.bandwidth)
 
 
 def _size(wanted: int | str) -> int:

@@ -255,6 +255,11 @@ class Exports:
             log.warning("%r keeps its %s: --export asks for %s", name, format_size(size), format_size(wanted.size))
         if wanted.dense != export.dense:
             log.warning("%r keeps its way to compress: density can't be changed", name)
+        self.describe(wanted)
+
+    def describe(self, wanted: ExportSettings) -> None:
+        """Change what is said of an export, and what clients may do."""
+        export = self.at(wanted.name)
         export.read_only, export.description = wanted.read_only, wanted.description
         export.set_rules(wanted.rules)
         if self._state:

@@ -42,6 +42,7 @@ from nbdram.server.connection import Connection, Service
 from nbdram.server.exports import Exports
 from nbdram.server.listeners import open_listeners, unlink_if_ours
 from nbdram.server.quiet import hang_up_on_the_quiet
+from nbdram.server.reload import ReadSettings, Reloader
 from nbdram.server.tls import Tls
 
 if TYPE_CHECKING:
@@ -61,8 +62,9 @@ _PR_SET_TIMERSLACK: Final = 29  # nanoseconds
 class Server:
     """Serves exports on endpoints until it is told to stop."""
 
-    def __init__(self, settings: ServeSettings) -> None:
+    def __init__(self, settings: ServeSettings, read: ReadSettings | None = None) -> None:
         self.settings = settings
+        self.reloader: Reloader = Reloader(self, read)
         budget = Budget(settings.memory)
         self.state = StateDirectory(settings.state_dir) if settings.state_dir else None
         self.areas: list[SwapArea] = []
@@ -79,8 +81,9 @@ class Server:
         self.exports: Exports = Exports(budget, self.areas, self.state, self.remote, remote_first=settings.remote_first)
         self.reclaimer: Reclaimer = Reclaimer(budget, self.exports.devices)
         self.service: Service = Service(self.exports)
-        self.service.write_wait_s = settings.write_wait_s
         self.service.limits = settings.limits
+        self.service.write_wait_s = settings.write_wait_s
+        self.admin: Admin = Admin(self)
         self.endpoints: list[Endpoint] = []
         self._servers: list[asyncio.AbstractServer] = []
         self._control: ControlServer | None = None
@@ -114,9 +117,7 @@ class Server:
             for endpoint in self.settings.listen:
                 await self._listen(endpoint)
             self._control = self._open_control()
-            self.service.max_connections = min(
-                self.settings.limits.connections, _connections_possible(tls=bool(self.settings.tls))
-            )
+            self.limit_connections()
             self._quiet = asyncio.create_task(hang_up_on_the_quiet(self.service))
             if self.settings.follow_pressure:
                 self._pressure = asyncio.create_task(self._follow_pressure())
@@ -124,6 +125,23 @@ class Server:
         except BaseException:
             await self.stop()
             raise
+
+    def limit_connections(self) -> None:
+        possible = _connections_possible(len(self.service.connections), tls=bool(self.settings.tls))
+        self.service.max_connections = min(self.settings.limits.connections, possible)
+
+    def limit_memory(self, wanted: int) -> None:
+        """Set the budget, to less than `wanted` if the state directory has no room for it."""
+        limit = wanted
+        # A write that finds the file system full would be the end of the process: SIGBUS.
+        if self.state and (room := self.state.room_bytes()) < wanted + _HEADROOM_BYTES:
+            limit = max(room - _HEADROOM_BYTES, 0)
+            path = self.state.path
+            if limit < MIN_MEMORY:
+                least = format_size(MIN_MEMORY + _HEADROOM_BYTES)
+                raise NbdramError(f"{path} has only {format_size(room)} of room: it takes at least {least}")
+            log.warning("%s has only %s of room: --memory is %s", path, format_size(room), format_size(limit))
+        self.exports.budget.set_limit(limit)
 
     def _take_up(self, state: StateDirectory) -> None:
         """Go on where the last server on this state directory ended."""
@@ -136,15 +154,7 @@ class Server:
             resident, cold = format_size(device.resident_pages * PAGE), format_size(device.cold_pages * PAGE)
             log.info("%s: took up %s resident, %s compressed", device.name, resident, cold)
         log.info("took up %d exports in %.3f s", len(self.exports), time.monotonic() - begun)
-        budget, room = self.exports.budget, state.room_bytes()
-        # A write that finds the file system full would be the end of the process: SIGBUS.
-        if room < self.settings.memory + _HEADROOM_BYTES:
-            limit = max(room - _HEADROOM_BYTES, 0)
-            if limit < MIN_MEMORY:
-                least = format_size(MIN_MEMORY + _HEADROOM_BYTES)
-                raise NbdramError(f"{state.path} has only {format_size(room)} of room: it takes at least {least}")
-            log.warning("%s has only %s of room: --memory is %s", state.path, format_size(room), format_size(limit))
-            budget.set_limit(limit)
+        self.limit_memory(self.settings.memory)
 
     def _wanted_exports(self) -> tuple[ExportSettings, ...]:
         if self.settings.exports or (self.state and not self.state.is_new):
@@ -199,7 +209,7 @@ class Server:
     def _open_control(self) -> ControlServer | None:
         """The control socket; if nobody asked for one, a second server on the same host goes without."""
         try:
-            return ControlServer(self.settings.control or default_path(), lambda: snapshot.take(self), Admin(self))
+            return ControlServer(self.settings.control or default_path(), lambda: snapshot.take(self), self.admin)
         except NbdramError as error:
             if self.settings.control:
                 raise
@@ -276,14 +286,14 @@ class Server:
         self.areas, self.state, self.remote = [], None, None
 
 
-async def serve(settings: ServeSettings) -> None:
-    """`nbdram serve`: until SIGTERM or SIGINT."""
+async def serve(settings: ServeSettings, read: ReadSettings | None = None) -> None:
+    """`nbdram serve`: until SIGTERM or SIGINT. SIGHUP has `read` tell the settings anew."""
     _raise_file_limit()
     _precise_timers()
-    server = Server(settings)
+    server = Server(settings, read)
     await server.start()
     stopping = asyncio.Event()
-    _on_signals(stopping)
+    _on_signals(stopping, server.reloader)
     announce(server)
     notify.tell("READY=1")
     watchdog = asyncio.create_task(notify.feed_watchdog())
@@ -314,8 +324,8 @@ def _remote(settings: ServeSettings, state: StateDirectory | None) -> "Remote | 
     return Remote(settings.remote, state.manifest.secret if state else None)
 
 
-def _on_signals(stopping: asyncio.Event) -> None:
-    """The first signal drains, a second one ends the process at once."""
+def _on_signals(stopping: asyncio.Event, reloader: Reloader) -> None:
+    """SIGHUP reloads. The first signal to end drains, a second one ends the process at once."""
 
     def told() -> None:
         if stopping.is_set():
@@ -325,6 +335,7 @@ def _on_signals(stopping: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told)
+    loop.add_signal_handler(signal.SIGHUP, reloader.begin)
 
 
 def _raise_file_limit() -> None:
@@ -332,10 +343,11 @@ def _raise_file_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _connections_possible(*, tls: bool) -> int:
+def _connections_possible(now: int, *, tls: bool) -> int:
     """How many connections the limit of open files has room for; each may take two, or four inside TLS."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(1, (limit - len(os.listdir("/proc/self/fd")) - _SPARE_FILES) // (4 if tls else 2))
+    each = 4 if tls else 2
+    return max(1, now + (limit - len(os.listdir("/proc/self/fd")) - _SPARE_FILES) // each)
 
 
 def _precise_timers() -> None:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import uvloop
 from cryptography import x509
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from nbdram.config import TlsSettings
@@ -50,6 +51,7 @@ class Credentials:
 
     context: ssl.SSLContext
     expires: float
+    fingerprint: bytes
 
 
 def load(settings: TlsSettings) -> Credentials:
@@ -75,7 +77,7 @@ def load(settings: TlsSettings) -> Credentials:
             context.verify_mode = ssl.CERT_REQUIRED
     except (ssl.SSLError, OSError) as error:
         raise NbdramError(f"{certificate} can't be used for TLS: {error.strerror or error}") from error
-    return Credentials(context, chain[0].not_valid_after_utc.timestamp())
+    return Credentials(context, chain[0].not_valid_after_utc.timestamp(), chain[0].fingerprint(SHA256()))
 
 
 def _read(path: Path) -> bytes:

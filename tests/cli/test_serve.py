@@ -128,6 +128,7 @@ END"""
         (("--listen", "127.0.0.1:10809"), "write unix:PATH, tcp://HOST:PORT or fd"),
         (("--listen", "tcp://0.0.0.0"), "allow it with --allow-plaintext"),
         (("--memory", "lots"), "--memory 'lots' is not a size"),
+        (("--write-wait", "-1"), "--write-wait '-1' is not a time of at most 3600 s"),
         (("--memory", "16M"), "--memory must be at least 32 MiB"),
         (("--swap", "/var/swap"), "write disk:PATH or disk:PATH,max=SIZE"),
         (("--metrics", "x"), "write ADDRESS:PORT"),
@@ -140,7 +141,7 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(
     assert told in sentence(Finished(code, *capsys.readouterr()), 2)
 
 
-@pytest.mark.parametrize("arguments", [(), ("bogus",), ("serve", "x"), ("serve", "--write-wait", "-1"), ("list",)])
+@pytest.mark.parametrize("arguments", [(), ("bogus",), ("serve", "x"), ("serve", "--log-format", "x"), ("list",)])
 def test_a_malformed_command_line_shows_its_usage(
     capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
 ) -> None:
