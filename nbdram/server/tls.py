@@ -205,6 +205,8 @@ class Upgrade:
 
     def begin(self, sock: socket.socket, context: ssl.SSLContext) -> None:
         self._task = self._tls.loop.create_task(self._shake_hands(sock, context))
+        # Also if the task is cancelled before it has begun. A transport keeps the socket open for as long as it lives.
+        self._task.add_done_callback(lambda _: sock.close())
 
     def _cancel(self) -> None:
         if self._task:
@@ -227,12 +229,10 @@ class Upgrade:
             await loop.connect_accepted_socket(lambda: inner, far)
         except OSError as error:  # what OpenSSL says, and time-outs, too
             outer.hang_up()
-            sock.close()
             self._loop.call_soon_threadsafe(self._failed, _reason(error))
             return
         except BaseException:
             outer.hang_up()
-            sock.close()
             raise
         outer.other, inner.other = inner, outer
         if outer.transport.is_closing():  # the client has gone meanwhile
