@@ -39,6 +39,7 @@ from nbdram.memory.space import FarImage, Space, tiers_of
 
 log = logging.getLogger("nbdram.device")
 
+_MISSING_LOGGED: Final = 100  # a remote may lose all it had: more are only counted
 _SAMPLED_FAULTS: Final = 63  # every 64th fault from RAM is timed
 _ALL_TOUCHED: Final = bytes((TOUCHED,)) * WORDS_PER_PAGE
 
@@ -166,7 +167,7 @@ class Device(Space):
         """Count a damaged image, and log the first time; whoever needs it gets EIO, the rest of the device goes on."""
         self.integrity_errors += 1
         self.missing_images += isinstance(error, MissingImage)
-        if cluster not in self._damaged:
+        if cluster not in self._damaged and self.missing_images <= _MISSING_LOGGED:
             self._damaged.add(cluster)
             log.error("%s: the data at offset %d is lost: %s", self.name, cluster << CLUSTER_SHIFT, error.strerror)
 

@@ -307,6 +307,10 @@ class RemoteTier:
         if not self.remote.drop(self._key(cluster, generation), finish):
             self.put_off = True
 
+    def key(self, cluster: int, slot: int) -> bytes:
+        """Of the image in a slot."""
+        return self._key(cluster, self.generations.at(cluster, slot))
+
     def _key(self, cluster: int, generation: int) -> bytes:
         return self._prefix + b"%x:%016x" % (cluster, generation)
 

@@ -108,6 +108,25 @@ class Cluster:
                 return node
         raise AssertionError("nobody has the key's slot")
 
+    def owner_of(self, slot: int) -> Node:
+        """The master that has a slot."""
+        for first, last, master, *_ in self.masters[0].call("CLUSTER", "SLOTS"):
+            if first <= slot <= last:
+                return next(node for node in self.nodes if node.port == master[1])
+        raise AssertionError("nobody has the slot")
+
+    def move(self, slot: int, source: Node, target: Node) -> None:
+        """Give a slot to another master, key by key, as resharding does."""
+        names = {node.port: node.call("CLUSTER", "MYID") for node in (source, target)}
+        target.call("CLUSTER", "SETSLOT", slot, "IMPORTING", names[source.port])
+        source.call("CLUSTER", "SETSLOT", slot, "MIGRATING", names[target.port])
+        time.sleep(0.05)  # for those who ask meanwhile
+        while keys := source.call("CLUSTER", "GETKEYSINSLOT", slot, 1):
+            source.call("MIGRATE", "127.0.0.1", target.port, "", 0, 10000, "KEYS", *keys)
+            time.sleep(0.02)
+        for node in (target, source, *self.masters):
+            node.call("CLUSTER", "SETSLOT", slot, "NODE", names[target.port])
+
     def empty(self) -> None:
         for node in self.living():
             if is_master(node):
