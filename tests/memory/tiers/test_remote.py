@@ -95,6 +95,7 @@ async def tiers(client: Client, length: int) -> set[int]:
 
 
 async def test_three_times_as_much_as_memory_holds_comes_back(redis_cluster: Cluster, tmp_path: Path) -> None:
+    redis_cluster.empty()
     async with modelled(tmp_path, redis_cluster.settings) as (server, model):
         await model.fill()
         device = server.device()

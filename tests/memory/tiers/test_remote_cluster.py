@@ -150,3 +150,4 @@ async def test_a_server_that_is_killed_finds_its_images_again(
     async with running(tmp_path, *state, "--swap", url) as server, await server.entered() as client:
         model.client = client
         await model.check()
+    redis_cluster.empty()
