@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from nbdram.observe.logs import EVENTS
+
 from .commands import flags
 
 ROOT: Final = Path(__file__).parents[2]
@@ -14,7 +16,7 @@ FILES: Final = sorted(
 # `nbdram serve ...` as one types it, at the start of a line or of what is quoted or run by something else.
 _COMMAND = re.compile(r"(?:^|[\s`/\"'(\[])nbdram (?P<command>[a-z]+)(?P<rest>[^`|;#\n]*)", re.MULTILINE)
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
-_METRIC = re.compile(r"\bnbdram_[a-z_]+\b(?!\.|/)")
+_METRIC = re.compile(r"(?<![:\w])nbdram_[a-z_]+(?![.:/\w])")
 _LISTED = re.compile(r"^\| `(nbdram_[a-z_]+)` \| (\w+) \|", re.MULTILINE)
 
 
@@ -60,3 +62,31 @@ def test_metrics_that_are_named_exist() -> None:
             continue
         for name in _METRIC.findall(path.read_text()):
             assert name in exist, f"{path}: there is no metric {name}"
+
+
+# What a healthy server logs: nobody looks for a remedy.
+_NORMAL: Final = {
+    *(
+        "export_opened",
+        "export_closed",
+        "export_taken_up",
+        "export_made",
+        "export_resized",
+        "export_removed",
+        "stopping",
+    ),
+}
+
+
+def test_there_is_a_remedy_for_every_event_that_is_logged() -> None:
+    explained = set(re.findall(r"`([a-z]+_[a-z_]+)`", (ROOT / "docs/troubleshooting.md").read_text()))
+    events = {event for event, *_ in EVENTS.values()} - _NORMAL
+    assert not events - explained, "docs/troubleshooting.md does not say what to do"
+    assert not {word for word in explained if not word.startswith("nbdram_")} - events, "there are no such events"
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for path in FILES:
+        if path.parent.name == "docs" and path.suffix == ".md":
+            for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
+                assert (path.parent / target).exists(), f"{path}: there is no {target}"
