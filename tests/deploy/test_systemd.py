@@ -41,10 +41,11 @@ def test_the_server_gets_the_sockets_that_its_unit_hands_over() -> None:
 
 def test_a_server_that_ends_leaves_its_data_for_the_next() -> None:
     (start,) = values("nbdram.service", "ExecStart")
-    mounted = dict(settings("var-lib-nbdram.mount"))
+    mounted = dict(settings("var-lib-nbdram-state.mount"))
     assert f"--state-dir {mounted['Where']} " in start
     assert mounted["Type"] == "tmpfs"
     assert mounted["Where"] in values("nbdram.service", "RequiresMountsFor")
+    assert mounted["Where"].removeprefix("/var/lib/") in values("nbdram.service", "StateDirectory")[0].split()
     assert values("nbdram.service", "Restart") == ["always"]
 
 
