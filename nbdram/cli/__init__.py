@@ -22,6 +22,7 @@ _COMMANDS = {
     "check": "check",
     "config": "config",
     "reload": "reload",
+    "top": "top",
     "list": "list_exports",
     "info": "info",
     "map": "map_extents",

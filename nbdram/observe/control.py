@@ -1,6 +1,7 @@
 """The control socket: HTTP with JSON over a Unix socket that only its owner may open.
 
     GET    /v1/stats                  everything of `snapshot.take`
+    GET    /v1/status                 everything of the status page
     GET    /v1/exports                what `server/admin.py` does; docs/control.md has all of it
     POST   /v1/exports
     DELETE /v1/exports/NAME[?force]
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("nbdram.control")
 
+Facts = Callable[[], dict[str, Any]]
+
 _TIMEOUT_S: Final = 20.0
 _MAX_BODY_BYTES: Final = 64 * 1024
 
@@ -42,15 +45,16 @@ def default_path() -> Path:
 
 
 class ControlServer(socketserver.ThreadingMixIn, socketserver.BaseServer):
-    """Answers questions about a server, and changes it; `snapshot` gives the answer to /v1/stats."""
+    """Answers questions about a server, and changes it; `snapshot` and `status` answer /v1/stats and /v1/status."""
 
     daemon_threads = True
 
-    def __init__(self, path: Path, snapshot: Callable[[], dict[str, Any]], admin: "Admin") -> None:
+    def __init__(self, path: Path, snapshot: Facts, status: Facts, admin: "Admin") -> None:
         self.socket = open_listeners(Endpoint(path=str(path)))[0]
         self.socket.listen()
         self._path, self._inode = path, os.lstat(path).st_ino
         self.snapshot = snapshot
+        self.status = status
         self.admin = admin
         super().__init__(str(path), _Handler)
         self._thread = threading.Thread(target=self.serve_forever, name="nbdram-control", daemon=True)
@@ -120,6 +124,8 @@ class _Handler(BaseHTTPRequestHandler):
         match method, *[unquote(part) for part in parts.path.split("/")[1:]]:
             case ["GET", "v1", "stats"]:
                 return 200, self.server.snapshot()
+            case ["GET", "v1", "status"]:
+                return 200, self.server.status()
             case ["GET", "v1", "exports"]:
                 return 200, admin.list()
             case ["POST", "v1", "exports"]:

@@ -42,7 +42,7 @@ def status_pages(server: "Server", history: History) -> dict[str, Page]:
     """The page, and what it asks for."""
 
     def status(query: dict[str, str]) -> Answer:
-        return _json(_status(server, query.get("find", "")))
+        return _json(facts(server, query.get("find", "")))
 
     def curves(query: dict[str, str]) -> Answer:
         return _json({"interval_s": INTERVAL_S, "points": POINTS, "series": history.series(query.get("export"))})
@@ -71,7 +71,8 @@ def _json(content: dict[str, Any]) -> Answer:
     return Answer(json.dumps(content).encode(), "application/json")
 
 
-def _status(server: "Server", find: str) -> dict[str, Any]:
+def facts(server: "Server", find: str = "") -> dict[str, Any]:
+    """What the status page shows: totals, and of the exports whose names have `find` in them those that matter most."""
     exports = list(server.exports)
     matching = [export for export in exports if find.casefold() in export.name.casefold()]
     shown = heapq.nlargest(_MAX_EXPORTS, matching, key=_importance) if len(matching) > _MAX_EXPORTS else matching

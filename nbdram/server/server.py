@@ -33,7 +33,7 @@ from nbdram.observe import snapshot
 from nbdram.observe.control import ControlServer, default_path
 from nbdram.observe.history import History
 from nbdram.observe.lag import LoopLag
-from nbdram.observe.status import status_pages
+from nbdram.observe.status import facts, status_pages
 from nbdram.observe.web import WebServer, pages
 from nbdram.protocol.handshake import TlsPolicy
 from nbdram.server import notify
@@ -209,7 +209,9 @@ class Server:
     def _open_control(self) -> ControlServer | None:
         """The control socket; if nobody asked for one, a second server on the same host goes without."""
         try:
-            return ControlServer(self.settings.control or default_path(), lambda: snapshot.take(self), self.admin)
+            return ControlServer(
+                self.settings.control or default_path(), lambda: snapshot.take(self), lambda: facts(self), self.admin
+            )
         except NbdramError as error:
             if self.settings.control:
                 raise
