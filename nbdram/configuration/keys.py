@@ -133,7 +133,7 @@ def listen(value: Any) -> Any:
 
 
 def metrics(value: Any) -> Any:
-    return parse_metrics(text(value))
+    return parse_metrics(value if isinstance(value, str) else text(value))
 
 
 def exports(value: Any) -> tuple[ExportSettings, ...]:
