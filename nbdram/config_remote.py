@@ -35,11 +35,13 @@ def parse_swap(texts: Sequence[str]) -> tuple[tuple[SwapSettings, ...], RemoteSe
     return tuple(swap), remote, remote_first and bool(swap)
 
 
-def parse_remote(text: str) -> RemoteSettings:
+def parse_remote(text: str, where: str = "--swap") -> RemoteSettings:
     """From redis[s]://HOST[:PORT][,HOST[:PORT]...][/?OPTION=VALUE&...]."""
     shown = text.rpartition("@")[2] if "@" in text else text
     try:
         parts = urlsplit(text)
+        if parts.scheme not in ("redis", "rediss"):
+            raise UsageError(_FORM)
         if "@" in parts.netloc:
             raise UsageError(
                 f"everybody could read the password in the list of processes: put it in {PASSWORD_VARIABLE}, "
@@ -50,7 +52,7 @@ def parse_remote(text: str) -> RemoteSettings:
             raise UsageError(_FORM)
         return _with_login(_with_options(RemoteSettings(addresses, parts.scheme == "rediss"), parts))
     except (UsageError, ValueError) as error:
-        raise UsageError(f"--swap {shown!r}: {error}") from None
+        raise UsageError(f"{where} {shown!r}: {error}") from None
 
 
 def _address(text: str) -> Address:

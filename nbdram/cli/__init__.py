@@ -20,6 +20,7 @@ _COMMANDS = {
     "resize": "resize",
     "rm": "rm",
     "check": "check",
+    "gc-remote": "gc_remote",
     "config": "config",
     "reload": "reload",
     "top": "top",

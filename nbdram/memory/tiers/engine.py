@@ -399,7 +399,7 @@ class _TooFewReplicas(exceptions.ResponseError):
     """An image is stored, but would not outlive its master."""
 
 
-def ask(connection: AbstractConnection, *words: str) -> Any:
+def ask(connection: AbstractConnection, *words: str | bytes) -> Any:
     """One command and its answer."""
     connection.send_command(*words)
     return connection.read_response()

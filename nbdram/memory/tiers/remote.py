@@ -22,6 +22,7 @@ from contextlib import suppress
 from typing import Any, Final
 from uuid import UUID
 
+from nbdram.errors import NbdramError
 from nbdram.memory.codec import IntegrityError, MissingImage
 from nbdram.memory.layout import PAGE, Tier
 from nbdram.memory.tiers.engine import Command, Engine, Finish
@@ -39,6 +40,7 @@ _STORE_S: Final = 3.0  # how long an image is offered to a remote that is away
 _RECLAIM_WAIT_S: Final = 1.0  # how long reclaim waits for an image that it needs back
 _RECORD_S: Final = 24 * 3600
 _RENEW_S: Final = 3600
+_REGISTER_S: Final = 3.0
 _CLOSE_S: Final = 10.0  # what a server that stops may take to remove its images
 _MOST_DROPS: Final = 1 << 14  # that may wait; the others are put off until there is time
 
@@ -148,9 +150,15 @@ class Remote:
     # -- whose images there are ----------------------------------------------------------------------
 
     def register(self, identity: UUID, name: str, *, kept: bool) -> None:
-        """Say that a device is alive."""
+        """Say that a device is alive, before it has any image. NbdramError if that can't be said."""
         self._records[identity] = (name, kept)
-        self._write_record(identity)
+        said: Future[Any] = Future()
+        self._write_record(identity, time.monotonic() + _REGISTER_S, said)
+        try:
+            said.result()
+        except OSError as error:
+            del self._records[identity]
+            raise NbdramError(f"can't use {self.settings} for swap: {error.strerror}") from error
 
     def unregister(self, identity: UUID) -> None:
         """Say that a device is no more: whatever it has left may go."""
@@ -197,14 +205,15 @@ class Remote:
             for identity in list(self._records):
                 self._write_record(identity)
 
-    def _write_record(self, identity: UUID) -> None:
+    def _write_record(self, identity: UUID, deadline: float = float("inf"), said: "Future[Any] | None" = None) -> None:
         name, kept = self._records[identity]
         key = DEVICE_PREFIX + identity.hex.encode()
         record = {"export": name, "host": socket.gethostname(), "kept": kept, "seen": int(time.time())}
         words: tuple[bytes, ...] = (b"SET", key, json.dumps(record).encode())
         if not kept:
             words += (b"EX", b"%d" % _RECORD_S)
-        self.engine.send(Command(key, words, float("inf"), lambda *_: None))
+        finish: Finish = (lambda reply, error: _settle(said, reply, error)) if said else (lambda *_: None)
+        self.engine.send(Command(key, words, deadline, finish))
 
 
 class RemoteTier:
@@ -220,7 +229,11 @@ class RemoteTier:
         self.put_off = kept  # there may be images that no word points at
         self.generations = Generations(fd)
         self._prefix = IMAGE_PREFIX + identity.hex.encode() + b":"
-        remote.register(identity, name, kept=kept)
+        try:
+            remote.register(identity, name, kept=kept)
+        except BaseException:
+            self.generations.close()
+            raise
 
     def close(self) -> None:
         self.generations.close()

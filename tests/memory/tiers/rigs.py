@@ -120,6 +120,9 @@ class RemoteRig:
         """Until nothing is to be dropped any more."""
         until(lambda: not self.remote.drops_waiting, "images are not dropped")
 
+    def wait_for_keys(self, count: int) -> None:
+        until(lambda: len(self.servers.keys()) == count, "images are not removed")
+
     def used_bytes(self) -> int:
         lengths = [self.servers.owner(key).call("STRLEN", key) for key in self.servers.keys("nbdram:image:*")]
         assert self.remote.used_bytes == sum(-(-(length - SEAL_BYTES) // PAGE) * PAGE for length in lengths)

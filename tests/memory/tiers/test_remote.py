@@ -14,12 +14,13 @@ from nbdram.errors import NbdramError
 from nbdram.memory.budget import Budget
 from nbdram.memory.codec import IntegrityError
 from nbdram.memory.layout import Tier
+from nbdram.memory.tiers import engine
 from nbdram.memory.tiers.remote import Remote
 from nbdram.memory.tiers.remote_settings import RemoteSettings
 from nbdram.protocol.handshake import ReplyMode
 from nbdram.protocol.wire import Command, Error
 from nbdram.server.exports import Exports
-from tests.helpers import CLUSTER, GIB, MIB, Client, Served, eventually, served
+from tests.helpers import CLUSTER, GIB, MIB, Client, Served, eventually, run, running, served
 from tests.memory.tiers.redis_cluster import Cluster, Node, until
 from tests.memory.tiers.redis_cluster import server as redis_server
 from tests.memory.tiers.rigs import remote_rig
@@ -261,3 +262,39 @@ async def test_reads_of_a_server_that_stays_away_end_in_an_error_and_its_images_
             lone.go_on()
         await model.check()
         assert device.missing_images == 0
+
+
+# -- who may ask -------------------------------------------------------------------------------------
+
+
+async def test_the_password_opens_the_server_and_is_shown_nowhere(lone: Node, tmp_path: Path) -> None:
+    url = f"redis://127.0.0.1:{lone.port}/?max=1G"
+    lone.call("CONFIG", "SET", "requirepass", "open-sesame")
+    try:
+        refused = await run("serve", "--swap", url, "--metrics", "off", environment={"NBDRAM_REMOTE_PASSWORD": "wrong"})
+        assert refused.code == 1
+        assert f"redis://127.0.0.1:{lone.port} does not let us in" in refused.errors
+        options = ("--swap", url, "-v", "--memory", "64M")
+        async with running(tmp_path, *options, environment={"NBDRAM_REMOTE_PASSWORD": "open-sesame"}) as server:
+            pid = server.process.pid
+            seen = (
+                Path(f"/proc/{pid}/cmdline").read_text()
+                + (await run("stats", "--json", "--control", str(tmp_path / "control"))).output
+            )
+            server.process.terminate()
+            ended = await server.ended()
+        assert f'"url": "redis://127.0.0.1:{lone.port}"' in seen
+        assert "sesame" not in seen + ended.output + ended.errors + refused.errors
+    finally:
+        lone.call("CONFIG", "SET", "requirepass", "")
+
+
+def test_a_remote_that_nobody_listens_at_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_START_S", 0.2)
+    with pytest.raises(NbdramError, match=r"can't use redis://127.0.0.1:1 for swap: .*refused"):
+        Remote(RemoteSettings((("127.0.0.1", 1),)))
+
+
+def test_nodes_that_are_no_cluster_are_named_alone(lone: Node) -> None:
+    with pytest.raises(NbdramError, match=r"is no cluster: name it alone"):
+        Remote(RemoteSettings((("127.0.0.1", lone.port), ("127.0.0.1", 1))))
