@@ -10,7 +10,7 @@ Rules:
 1. Every command may be sent twice, and late: keys are never used again (see `remote.py`), so there is no order to keep.
 2. What a node can't answer for now (it is gone, loading, moving a slot, or the cluster has no master for the slot) is
    sent again until its deadline, each time to whoever the cluster says has the slot. What is refused is refused.
-3. A SET counts when as many replicas have it as were asked for (WAIT, once a batch, on the same connection).
+3. An image counts when as many replicas have it as were asked for (WAIT, once a batch, on the same connection).
 4. A node that might evict keys is not used.
 """
 
@@ -59,22 +59,22 @@ Finish = Callable[[Any, OSError | None], None]  # what the node said, or why the
 class Command:
     """What to send, until when it is worth trying (monotonic), and who is told, in some thread, what came of it."""
 
-    __slots__ = ("asking", "deadline", "finish", "key", "words")
+    __slots__ = ("asking", "deadline", "finish", "is_image", "key", "words")
 
-    def __init__(self, key: bytes, words: tuple[bytes, ...], deadline: float, finish: Finish) -> None:
+    def __init__(
+        self, key: bytes, words: tuple[bytes, ...], deadline: float, finish: Finish, *, is_image: bool = False
+    ) -> None:
+        """`is_image`: it stores one, which counts only when its replicas have it too."""
         self.key = key
         self.words = words
         self.deadline = deadline
         self.asking = False
         self.finish = finish
+        self.is_image = is_image
 
     @property
     def writes(self) -> bool:
         return self.words[0] != b"GET"
-
-    @property
-    def stores(self) -> bool:
-        return self.words[0] == b"SET"
 
 
 class Engine:
@@ -372,7 +372,7 @@ class _Lane(threading.Thread):
                 sent.append((b"ASKING",))
             sent.append(command.words)
         replicas = self._engine.settings.replicas
-        stored = [at for at, command in enumerate(batch) if command.stores] if replicas else []
+        stored = [at for at, command in enumerate(batch) if command.is_image] if replicas else []
         if stored:
             sent.append((b"WAIT", b"%d" % replicas, b"%d" % _WAIT_MS))
         connection.send_packed_command(connection.pack_commands(sent))

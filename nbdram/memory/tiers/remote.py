@@ -103,7 +103,7 @@ class Remote:
     # -- images --------------------------------------------------------------------------------------
 
     def store(self, key: bytes, sealed: bytes, finish: Finish) -> None:
-        self.engine.send(Command(key, (b"SET", key, sealed), time.monotonic() + _STORE_S, finish))
+        self.engine.send(Command(key, (b"SET", key, sealed), time.monotonic() + _STORE_S, finish, is_image=True))
 
     def fetch(self, key: bytes, wait_s: float, finish: Finish) -> None:
         self.engine.send(Command(key, (b"GET", key), time.monotonic() + wait_s, finish))

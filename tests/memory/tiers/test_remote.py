@@ -181,15 +181,18 @@ async def test_a_full_server_keeps_what_it_has_and_takes_more_when_there_is_room
 ) -> None:
     lone.call("CONFIG", "SET", "maxmemory", lone.client.info("memory")["used_memory"] + 4 * MIB)
     try:
-        async with modelled(tmp_path, of(lone), mib=24) as (server, model):
+        async with modelled(tmp_path, of(lone)) as (server, model):
             remote = server.server.remote
             assert remote
-            await model.fill()
-            await eventually(lambda: remote.failing)
+            for at in range(model.clusters):
+                await model.write(at)
+                if remote.failing:
+                    break
+            assert remote.failing
             await model.check()
             lone.call("CONFIG", "SET", "maxmemory", 0)
             while remote.failing:
-                await model.write(model.chance.randrange(model.clusters))
+                await model.write(model.chance.randrange(len(model.numbers)))
             await model.check()
     finally:
         lone.call("CONFIG", "SET", "maxmemory", 0)
