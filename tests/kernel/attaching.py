@@ -3,10 +3,14 @@
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+from nbdram.errors import NbdramError
+from nbdram.observe.control import ask
+from tests.helpers import PATIENCE_S
 from tests.kernel.guest import NBD_PORT, PAUSE, SERVER_ADDRESS, Guest, Result, end, pauses
 
 TOOLS = {"mkfs.ext4": "e2fsprogs", "fio": "fio", "nbdkit": "nbdkit"}
@@ -68,6 +72,44 @@ class AnyServer:
     def resize(self, size: int) -> None:
         with self._image.open("r+b") as file:
             file.truncate(size)
+
+
+class OurServer:
+    """`nbdram serve` with a state directory in `directory`, which can be killed and started again."""
+
+    def __init__(self, guest: Guest, directory: Path, *arguments: str) -> None:
+        self._guest = guest
+        self._control = directory / "control"
+        listen = ["--listen", f"tcp://{SERVER_ADDRESS}:{NBD_PORT}", "--allow-plaintext", "--metrics", "off"]
+        where = ["--state-dir", str(directory / "state"), "--control", str(self._control)]
+        self._argv = [sys.executable, "-m", "nbdram", "serve", *listen, *where, *arguments]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Self:
+        self._process = self._guest.spawn_host(self._argv)
+        eventually_sync(self.exports)
+        return self
+
+    def restart(self) -> None:
+        """Killed, and there again before this returns."""
+        assert self._process
+        end(self._process, grace_s=0)
+        self.start()
+
+    def exports(self) -> list[dict[str, Any]]:
+        """What it tells of its exports; [] while it does not answer."""
+        try:
+            return list(ask(self._control, "exports")["exports"])
+        except NbdramError:
+            return []
+
+
+def eventually_sync(look: Callable[[], object]) -> None:
+    """Wait until something is the case."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not look():
+        assert time.monotonic() < deadline, f"not within {PATIENCE_S:g} s"
+        time.sleep(0.02)
 
 
 def boot(guest: Guest, script: str, on_line: Callable[[str], None] | None = None) -> Result:

@@ -90,8 +90,7 @@ killing() {
     [ $KILL_KEEPER = yes ] || return 0
     until stopped; do
         sleep $(shuf -i 1-4 -n 1).$(shuf -i 0-9 -n 1)
-        kill -9 $(pgrep -f 'nbdram keeper' | tail -n 1)
-        echo killed >>$SHARE/keepers
+        if kill -9 $(pgrep -f 'nbdram keeper' | tail -n 1) 2>/dev/null; then echo killed >>$SHARE/keepers; fi
     done
 }
 
