@@ -160,13 +160,25 @@ class TlsSettings:
 
 
 @dataclass(frozen=True)
+class ClientTls:
+    """How a client does TLS: its files as libnbd names them, or the system's authorities; the name to be shown."""
+
+    certificates: Path | None = None
+    hostname: str = ""
+
+
+@dataclass(frozen=True)
 class Endpoint:
-    """A place to listen on or to dial: a Unix socket's path, or host and port; or inherited sockets."""
+    """A place to listen on or to dial: a Unix socket's path, or host and port; or inherited sockets.
+
+    `tls` is for dialling.
+    """
 
     path: str = ""
     host: str = ""
     port: int = DEFAULT_PORT
     inherited: bool = False
+    tls: ClientTls | None = None
 
     @property
     def is_loopback(self) -> bool:
@@ -244,21 +256,28 @@ def parse_metrics(text: str) -> Endpoint | None:
 
 
 def parse_nbd_uri(text: str) -> tuple[Endpoint, str]:
-    """Where to dial and the export's name, of `nbd://HOST[:PORT]/NAME` or `nbd+unix:///NAME?socket=PATH`."""
+    """Where to dial and the export's name, of `nbd://HOST[:PORT]/NAME` or `nbd+unix:///NAME?socket=PATH`.
+
+    With TLS, `nbds://` and `nbds+unix://`, and of their options tls-certificates=DIR and tls-hostname=NAME.
+    """
     try:
         parts = urlsplit(text)
         port = parts.port
     except ValueError:
         raise UsageError(f"{text!r} is not an NBD URI") from None
     name = unquote(parts.path.removeprefix("/"))
-    if parts.scheme == "nbd+unix":
-        pairs = (pair.partition("=") for pair in parts.query.split("&"))
-        socket_path = unquote(next((value for key, _, value in pairs if key == "socket"), ""))
-        if socket_path:
-            return Endpoint(path=socket_path), name
-        raise UsageError(f"{text!r} names no socket: write nbd+unix:///NAME?socket=PATH")
-    if parts.scheme == "nbd" and parts.hostname:
-        return Endpoint(host=parts.hostname, port=DEFAULT_PORT if port is None else port), name
+    options = {key: unquote(value) for key, _, value in (pair.partition("=") for pair in parts.query.split("&"))}
+    tls = None
+    if parts.scheme.startswith("nbds"):
+        directory = options.get("tls-certificates")
+        hostname = options.get("tls-hostname") or parts.hostname or "localhost"
+        tls = ClientTls(Path(directory) if directory else None, hostname)
+    if parts.scheme in ("nbd+unix", "nbds+unix"):
+        if options.get("socket"):
+            return Endpoint(path=options["socket"], tls=tls), name
+        raise UsageError(f"{text!r} names no socket: write {parts.scheme}:///NAME?socket=PATH")
+    if parts.scheme in ("nbd", "nbds") and parts.hostname:
+        return Endpoint(host=parts.hostname, port=DEFAULT_PORT if port is None else port, tls=tls), name
     raise UsageError(f"{text!r} is not an NBD URI: write nbd://HOST/NAME or nbd+unix:///NAME?socket=PATH")
 
 
@@ -268,6 +287,8 @@ DEFAULT_METRICS: Final = Endpoint(host="127.0.0.1", port=9810)
 def absolute_uri(text: str) -> str:
     """The same NBD URI for a process in another directory; UsageError if it is none."""
     endpoint, name = parse_nbd_uri(text)
+    if endpoint.tls:
+        raise UsageError("a kernel speaks no TLS: let nbd-client do it (nbd-client HOST DEVICE -enable-tls)")
     if endpoint.path:
         endpoint = replace(endpoint, path=os.path.abspath(endpoint.path))
     return endpoint.uri(name)

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 from nbdram.config import (
+    ClientTls,
     Endpoint,
     ExportSettings,
     ServeSettings,
     SwapSettings,
+    absolute_uri,
     default_listen,
     format_size,
     parse_listen,
@@ -185,11 +187,19 @@ def test_the_uri_that_is_printed_leads_back(endpoint: Endpoint, name: str) -> No
 def test_uris_of_other_hands_are_understood() -> None:
     assert parse_nbd_uri("nbd://localhost") == (Endpoint(host="localhost"), "")
     assert parse_nbd_uri("nbd+unix:///?socket=/tmp/a+b") == (Endpoint(path="/tmp/a+b"), "")
+    tls = ClientTls(Path("/certificates"), "localhost")
+    assert parse_nbd_uri("nbds+unix:///x?socket=/s&tls-certificates=/certificates") == (Endpoint("/s", tls=tls), "x")
+    tls = ClientTls(None, "h")
+    assert parse_nbd_uri("nbds://h:1/x") == (Endpoint(host="h", port=1, tls=tls), "x")
+    assert parse_nbd_uri("nbds://h:1/?tls-hostname=n") == (Endpoint(host="h", port=1, tls=ClientTls(None, "n")), "")
+    with pytest.raises(UsageError, match="a kernel speaks no TLS: let nbd-client do it"):
+        absolute_uri("nbds://h/x")
     assert parse_nbd_uri("nbd+unix:///x?tls-psk-file=/k&socket=%2Ftmp%2Fs") == (Endpoint(path="/tmp/s"), "x")
 
 
 @pytest.mark.parametrize(
-    "text", ["", "ram", "nbd:", "nbd://", "nbd:///x", "http://h/x", "nbds://h/x", "nbd://h:x/", "nbd://[::1/x"]
+    "text",
+    ["", "ram", "nbd:", "nbd://", "nbd:///x", "http://h/x", "nbds:///x", "nbdx://h/x", "nbd://h:x/", "nbd://[::1/x"],
 )
 def test_what_is_no_nbd_uri_is_told_so(text: str) -> None:
     with pytest.raises(UsageError, match="is not an NBD URI"):

@@ -1,12 +1,13 @@
 """A small blocking NBD client: enough to look at a server, or to test one."""
 
 import socket
+import ssl
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-from nbdram.config import Endpoint
+from nbdram.config import ClientTls, Endpoint
 from nbdram.errors import NbdramError, ProtocolError
 from nbdram.protocol import client_handshake as ours
 from nbdram.protocol import wire
@@ -33,6 +34,9 @@ class Session:
             raise NbdramError(f"can't reach {endpoint}: {error.strerror or error}") from error
         try:
             self.run(ours.greet())
+            if endpoint.tls:
+                self.run(ours.starttls())
+                self._socket = _wrap(self._socket, endpoint.tls)
         except BaseException:
             self._socket.close()
             raise
@@ -163,6 +167,27 @@ def _telling_errors() -> Iterator[None]:
         raise NbdramError(f"the server has not answered for {_TIMEOUT_S:.0f} s") from error
     except OSError as error:
         raise NbdramError(f"the server hung up: {error.strerror or error}") from error
+
+
+def _wrap(sock: socket.socket, tls: ClientTls) -> socket.socket:
+    try:
+        return _tls_context(tls).wrap_socket(sock, server_hostname=tls.hostname)
+    except ssl.SSLCertVerificationError as error:
+        raise NbdramError(f"the server's certificate can't be trusted: {error.verify_message}") from error
+    except OSError as error:
+        raise NbdramError(f"TLS with the server failed: {error.strerror or error}") from error
+
+
+def _tls_context(tls: ClientTls) -> ssl.SSLContext:
+    """The files of a directory have the names that libnbd and qemu expect."""
+    files = tls.certificates
+    try:
+        context = ssl.create_default_context(cafile=files / "ca-cert.pem" if files else None)
+        if files and (files / "client-cert.pem").exists():
+            context.load_cert_chain(files / "client-cert.pem", files / "client-key.pem")
+    except OSError as error:  # also what OpenSSL says of them
+        raise NbdramError(f"can't use the certificates in {files}: {error.strerror or error}") from error
+    return context
 
 
 def read_identity(endpoint: Endpoint, name: str) -> str:

@@ -41,6 +41,14 @@ def greet() -> Steps[None]:
     yield wire.CLIENT_FLAGS.pack(flags & (HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES))
 
 
+def starttls() -> Steps[None]:
+    """Ask for TLS, which begins with the next byte."""
+    yield _option(Option.STARTTLS)
+    kind, data = yield from _reply(Option.STARTTLS, errors_too=True)
+    if kind != OptionReply.ACK:
+        raise NbdramError(f"the server offers no TLS: {data.decode('utf-8', 'replace') or 'it does not say why'}")
+
+
 def list_exports() -> Steps[list[RemoteExport]]:
     """All exports that the server shows, names and descriptions only."""
     yield _option(Option.LIST)

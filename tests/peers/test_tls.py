@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdram.cli import main
 from tests.certificates import Certificates
 
 from .conftest import Serve
@@ -113,3 +114,31 @@ def test_nbd_client_negotiates_through_tls(secured: Callable[..., Server], certi
     # It opens the export, and gives up when it finds that this is no block device.
     run("nbd-client", *there, "/dev/null", "-N", "disk", *keys, code=1, cwd=certificates.directory)
     assert "opened export 'disk' (simple replies)" in server.stderr()
+
+
+def test_our_own_client_goes_through_tls_and_trusts_only_whom_it_should(
+    tmp_path: Path, secured: Callable[..., Server], certificates: Certificates, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = secured(client_ca=True)
+    disk = uri(server, certificates.directory)
+    assert main(["info", disk]) == 0
+    assert f"size         {128 << 20}" in capsys.readouterr().out
+    assert main(["list", disk]) == 0
+    assert main(["map", disk]) == 0
+    stranger, empty = Certificates(tmp_path / "stranger"), tmp_path / "empty"
+    empty.mkdir()
+    plain = disk.partition("?")[0].replace("nbds:", "nbd:")
+    for wrong, told in (
+        (uri(server, stranger.directory), "the server's certificate can't be trusted: "),
+        (disk.replace("127.0.0.1", "localhost") + "&tls-hostname=example.org", "the server's certificate can't be"),
+        (uri(server, empty), f"can't use the certificates in {empty}: No such file or directory"),
+        (uri(server, certificates.without_client()), "the server hung up"),
+        (plain, "the server refused: this server requires TLS"),
+    ):
+        assert main(["info", wrong]) == 1
+        assert capsys.readouterr().err.startswith(f"nbdram: {told}")
+
+
+def test_a_server_without_tls_is_told_from_one_with(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", serve("disk=1M", tcp=True).tcp_uri().replace("nbd:", "nbds:")]) == 1
+    assert capsys.readouterr().err == "nbdram: the server offers no TLS: TLS is not set up here\n"
