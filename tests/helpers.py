@@ -38,7 +38,7 @@ ALL_MODES = (ReplyMode.SIMPLE, ReplyMode.STRUCTURED, ReplyMode.EXTENDED)
 CHUNK_MODES = (ReplyMode.STRUCTURED, ReplyMode.EXTENDED)
 
 # No test waits for this long unless it fails.
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 # -- handshake phase, in bytes -----------------------------------------------------------------------

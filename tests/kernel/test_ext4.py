@@ -12,7 +12,7 @@ import pytest
 from tests.kernel.guest import PAUSE, Guest, Result, Server, pauses, require_tools
 
 MIB = 1 << 20
-TIMEOUT_S = 50
+TIMEOUT_S = 120
 TOOLS = {"nbd-client": "nbd-client", "mkfs.ext4": "e2fsprogs", "fio": "fio", "ss": "iproute2"}
 
 # RAM is compared before and after. So the journal is small, as it is zeroed when it is made, and inode tables are not
@@ -101,7 +101,7 @@ def test_ext4_over_four_connections_holds_its_data_and_gives_memory_back(guest: 
     )
     assert ram["empty"] < 16 * MIB
     assert 64 * MIB <= ram["full"] - ram["empty"] < 96 * MIB
-    assert abs(ram["trimmed"] - ram["empty"]) < 2 * MIB
+    assert abs(ram["trimmed"] - ram["empty"]) < 4 * MIB
 
 
 def test_files_outlive_the_kernel_that_wrote_them(guest: Guest, server: Server) -> None:
