@@ -18,11 +18,12 @@ import errno
 import heapq
 import itertools
 import logging
+import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Any, Final
 
 from redis import exceptions
@@ -308,35 +309,41 @@ class _Lane(threading.Thread):
         self._engine = engine
         self._address = address
         self._writes = writes
-        self._waiting: deque[Command] = deque()
-        self._some = threading.Condition()
+        self._waiting: SimpleQueue[Command | None] = SimpleQueue()  # None: it is over
         self._connection: AbstractConnection | None = None
         self._closed = False
 
     def put(self, command: Command) -> None:
-        with self._some:
-            if not self._closed:
-                self._waiting.append(command)
-                self._some.notify()
-                return
-        _fail(command, OSError(errno.EIO, "the server stops"))
+        self._waiting.put(command)
+        if self._closed:  # perhaps nobody looks into it any more
+            self._fail_all()
 
     def close(self) -> None:
-        with self._some:
-            self._closed = True
-            self._some.notify()
+        self._waiting.put(None)
 
     def run(self) -> None:
-        while True:
-            with self._some:
-                while not self._waiting and not self._closed:
-                    self._some.wait()
-                if self._closed:
-                    break
-                batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), _BATCH))]
-            self._do(batch)
+        while (command := self._waiting.get()) is not None:
+            self._do([command, *self._take(_BATCH - 1)])
+            if self._closed:
+                break
+        self._closed = True
         self._hang_up()
-        for command in self._waiting:
+        self._fail_all()
+
+    def _take(self, most: int) -> list[Command]:
+        """What else waits."""
+        found: list[Command] = []
+        with suppress(Empty):
+            while len(found) < most:
+                command = self._waiting.get_nowait()
+                if command is None:
+                    self._closed = True
+                    break
+                found.append(command)
+        return found
+
+    def _fail_all(self) -> None:
+        for command in self._take(sys.maxsize):
             _fail(command, OSError(errno.EIO, "the server stops"))
 
     def _do(self, batch: list[Command]) -> None:
@@ -350,9 +357,7 @@ class _Lane(threading.Thread):
                 return
             if not isinstance(error, (*_Broken, exceptions.RedisError)):
                 log.exception("%s: an unexpected error", address_text(self._address))
-            with self._some:  # what waits behind them would only wait for the same
-                batch += self._waiting
-                self._waiting.clear()
+            batch += self._take(sys.maxsize)  # what waits behind them would only wait for the same
             for command in batch:
                 self._engine.retry(command, error)
             return
