@@ -25,11 +25,11 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], left: 
 
 def size(count: float) -> str:
     """Bytes, with three digits that matter."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
         count /= 1024
-    return f"{count:.3g} TiB"
+    return f"{count:.3g} PiB"
 
 
 def microseconds(count: float) -> str:

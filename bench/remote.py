@@ -1,0 +1,248 @@
+"""Cold data in RAM, on disk and in a Redis cluster on loopback: faults, demotion, and what a lost master costs.
+
+Three masters and three replicas, the server and fio share the cores of this machine: with the cluster elsewhere the
+server has them for itself, and the network comes on top.
+"""
+
+import asyncio
+import os
+import re
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import uvloop
+
+from bench import fio, report
+from bench.fio import Job
+from bench.options import Found, Options
+from bench.servers import DEFAULT_EXPORT, Server, socket_in
+from nbdram.errors import NbdramError
+from nbdram.memory.budget import Budget
+from nbdram.memory.reclaim import Reclaimer, anonymous_bytes
+from nbdram.memory.tiers.remote import Remote
+from nbdram.observe.control import ask
+from nbdram.server.exports import Exports
+from tests.memory.tiers.redis_cluster import HASTY_MS, Cluster, cluster, is_master
+
+_MIB: Final = 1 << 20
+_CLUSTER: Final = 64 << 10
+_DATA: Final = 512  # MiB
+_DEMOTED: Final = 384  # MiB
+_LEFT: Final = 24  # MiB that stay in RAM
+_DEPTHS: Final = (1, 16)
+
+
+@dataclass(frozen=True)
+class Faults:
+    """4K reads of cold data at one depth; times in microseconds."""
+
+    tier: str
+    depth: int
+    per_s: float
+    p50_us: float
+    p99_us: float
+    cold_share: float  # of the reads that had to ask the tier
+
+
+def run(options: Options) -> Found:
+    parts: Mapping[str, Callable[[Path, Options], Found]] = {
+        "tiers": tiers,
+        "demotion": demotion,
+        "failover": failover,
+    }
+    found = {}
+    with tempfile.TemporaryDirectory(prefix="nbdram-bench-") as directory:
+        for name, part in parts.items():
+            if re.search(options.only, name, re.IGNORECASE):
+                print(f"running {name}", file=sys.stderr)
+                found[name] = part(Path(directory) / name, options)
+    return found
+
+
+# -- faults, tier by tier ----------------------------------------------------------------------------
+
+
+def tiers(directory: Path, options: Options) -> Found:
+    """The same data, cold in each tier in turn; half of it is compressed away."""
+    directory.mkdir()
+    rows, found = [], []
+    with cluster(directory / "redis", 3, 3) as servers:
+        url = f"redis://{','.join(node.address for node in servers.nodes)}"
+        swaps = {"compressed": ("400M",), "disk": ("96M", f"disk:{directory / 'swap'}"), "remote": ("96M", url)}
+        for tier, (memory, *swap) in swaps.items():
+            with _nbdram(memory, swap) as server:
+                fio.fill(server.uri(), f"{_DATA}m")
+                ram = _ram_per_gib(_stats(server), tier)
+                for depth in _DEPTHS:
+                    faults = _faults(server, tier, depth, options.seconds)
+                    found.append(asdict(faults) | {"ram_bytes_per_gib": ram})
+                    rows.append(
+                        [
+                            *(tier, str(depth), f"{faults.per_s:.0f}", report.microseconds(faults.p50_us)),
+                            *(report.microseconds(faults.p99_us), f"{100 * faults.cold_share:.0f} %"),
+                            report.size(ram),
+                        ]
+                    )
+    head = ["tier", "depth", "4K reads/s", "p50 us", "p99 us", "cold", "RAM per GiB"]
+    print(report.table("Reads of cold data (the latency of the request, as fio saw it)", head, rows))
+    return {"faults": found}
+
+
+def _nbdram(memory: str, swap: list[str]) -> Server:
+    def argv(directory: Path) -> list[str]:
+        command = [sys.executable, "-m", "nbdram", "serve", "--memory", memory, "--export", f"{DEFAULT_EXPORT}=4G"]
+        command += ["--listen", f"unix:{socket_in(directory)}", "--control", str(directory / "control")]
+        return command + [word for one in swap for word in ("--swap", one)] + ["--metrics", "off"]
+
+    return Server("nbdram", argv, announces="nbd+unix://")
+
+
+def _stats(server: Server) -> Any:
+    return ask(server.directory / "control", "stats")
+
+
+def _faults(server: Server, tier: str, depth: int, seconds: float) -> Faults:
+    key = {"compressed": "ram"}.get(tier, tier)
+    before = _stats(server)
+    job = Job(f"4K read QD{depth}", "randread", "4k", depth, span=f"{_DATA}m", options=("--randrepeat=0",))
+    outcome = fio.run(job, server.uri(), seconds)
+    after = _stats(server)
+    asked = after["faults"][key] - before["faults"][key]
+    share = min(1.0, asked / outcome.operations)
+    return Faults(tier, depth, outcome.operations_per_s, outcome.p50_us, outcome.p99_us, share)
+
+
+def _ram_per_gib(stats: Any, tier: str) -> float:
+    """What a GiB of data that is cold in a tier takes of RAM: its words, its references, and what the tier keeps."""
+    index = 8 + 1 + (16 if tier == "remote" else 0)
+    images = 0.0
+    if tier == "compressed":
+        export = stats["exports"][0]
+        images = export["compressed"] / export["compressed_from"]
+    return (1 << 30) * (images + index / _CLUSTER)
+
+
+# -- demotion ----------------------------------------------------------------------------------------
+
+
+def demotion(directory: Path, _: Options) -> Found:
+    """Reclaim's whole way, in this process: victims, images, seals, the network, pages given back."""
+    rows, found = [], {}
+    for replicas in (0, 3):
+        with cluster(directory / str(replicas), 3, replicas) as servers:
+            for name, incompressible in (("incompressible", 1.0), ("half of it compresses", 0.5)):
+                figures = uvloop.run(_demote(servers, incompressible))
+                found[f"{name}, {replicas} replicas"] = figures
+                cells = (f"{figures[key] / 1e6:.0f}" for key in ("stored_per_s", "content_per_s"))
+                rows.append([f"{name}, {replicas} replicas", *cells, f"{figures['cores']:.2f}"])
+                servers.empty()
+    head = ["data", "stored MB/s", "content MB/s", "cores of the server"]
+    print(report.table("Demotion to three masters on loopback", head, rows))
+    return found
+
+
+async def _demote(servers: Cluster, incompressible: float) -> dict[str, float]:
+    remote = Remote(servers.settings)
+    budget = Budget(2 * _DEMOTED * _MIB + 256 * _MIB)
+    exports = Exports(budget, remote=remote)
+    device = exports.create(DEFAULT_EXPORT, 4 << 30).device
+    noise = os.urandom(_CLUSTER)
+    kept = int(_CLUSTER * incompressible)
+    for at in range(_DEMOTED * _MIB // _CLUSTER):
+        mark = b"%016d" % at
+        device.write(at * _CLUSTER, mark + noise[16:kept] + mark * ((_CLUSTER - kept) // 16))
+    reclaimer = Reclaimer(budget, exports.devices)
+    reclaimer.start()
+    begun, cpu = time.perf_counter(), time.process_time()
+    budget.set_limit(anonymous_bytes() + _LEFT * _MIB)
+    while budget.free_pages < budget.stop_above:
+        budget.take(0)  # as every write does: it wakes reclaim
+        await asyncio.sleep(0.005)
+    seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
+    figures = {
+        "stored_per_s": remote.stored_bytes / seconds,
+        "content_per_s": remote.stored_images * _CLUSTER / seconds,
+        "cores": cpu / seconds,
+    }
+    await reclaimer.stop()
+    exports.close()
+    remote.close()
+    return figures
+
+
+# -- a master is killed ------------------------------------------------------------------------------
+
+
+def failover(directory: Path, options: Options) -> Found:
+    """How long after a master was killed its images can be read again, and when the cluster had a new one."""
+    rows, found = [], []
+    for number in range(min(3, options.rounds)):
+        with cluster(directory / str(number), 3, 3, failover_ms=HASTY_MS) as servers:
+            figures = _fail_over(servers)
+        found.append(figures)
+        rows.append([f"{figures[key]:.2f}" for key in ("cluster_s", "resumed_s")] + [f"{figures['lost']:.0f}"])
+    head = ["cluster failed over, s", "reads resumed, s", "acknowledged images lost"]
+    print(report.table(f"A master is killed (node timeout {HASTY_MS} ms, replicas=1)", head, rows, left=0))
+    return {"failover": found}
+
+
+def _fail_over(servers: Cluster) -> dict[str, float]:
+    remote = Remote(replace(servers.settings, replicas=1, wait_s=60))
+    exports = Exports(Budget(256 * _MIB), remote=remote)
+    tier = exports.create(DEFAULT_EXPORT, 4 << 30).device.remote
+    assert tier
+    ending = threading.Event()
+    stored: dict[int, bytes] = {}
+
+    def store_on() -> None:
+        at = 0
+        while not ending.is_set():
+            image = os.urandom(32 << 10)
+            try:
+                tier.store(at, 0, image)
+            except OSError:
+                continue
+            stored[at] = image
+            at += 1
+
+    storing = threading.Thread(target=store_on)
+    storing.start()
+    time.sleep(1)
+    victim = servers.masters[0]
+    mine = next(at for at in list(stored) if servers.owner(tier.key(at, 0)) is victim)
+    victim.kill()
+    begun = time.perf_counter()
+    failed_over = threading.Event()
+    took = [0.0]
+
+    def watch() -> None:
+        while not is_master(servers.replicas[0]):
+            time.sleep(0.005)
+        took[0] = time.perf_counter() - begun
+        failed_over.set()
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    tier.fetch(mine, 0, len(stored[mine])).result()
+    resumed = time.perf_counter() - begun
+    failed_over.wait(60)
+    time.sleep(0.5)
+    ending.set()
+    storing.join()
+    lost = sum(not _is_there(tier, at, image) for at, image in stored.items())
+    exports.close()
+    remote.close()
+    return {"cluster_s": took[0], "resumed_s": resumed, "lost": lost, "stored": len(stored)}
+
+
+def _is_there(tier: Any, at: int, image: bytes) -> bool:
+    try:
+        return bool(tier.load(at, 0, len(image)) == image)
+    except (OSError, NbdramError):
+        return False
