@@ -63,3 +63,9 @@ packages-bench:
 
 clean:
 	rm -rf .venv build *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache
+
+# Mixed clients on many exports, verified all the time, for so many minutes; docs/soak.md.
+.PHONY: soak
+soak: MINUTES ?= 60
+soak: packages-test .venv/test-ready
+	$(BIN)/python -m tests.soak --minutes $(MINUTES)

@@ -173,6 +173,7 @@ class Client:
         self.size = 0
         self.flags = 0
         self.contexts: dict[str, int] = {}
+        self.patience_s = PATIENCE_S
         self._cookie = 0
         self._pending: dict[int, _Pending] = {}
 
@@ -202,7 +203,7 @@ class Client:
             start = end
 
     async def receive(self, length: int) -> bytes:
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(self.patience_s):
             return await self.reader.readexactly(length)
 
     async def rest(self) -> bytes:

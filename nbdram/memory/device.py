@@ -272,14 +272,14 @@ class Device(Space):
     def check_images(self, offset: int, end: int) -> list[int]:
         """Look at the images in RAM that [offset, end) needs: IntegrityError if one is damaged.
 
-        Returns the clusters whose images are on disk.
+        Returns the clusters whose images are on disk or in a remote.
         """
         far = []
         for cluster in range(offset >> CLUSTER_SHIFT, ((end - 1) >> CLUSTER_SHIFT) + 1):
             word = self.word(cluster)
             if not word >> LENGTH_SHIFT or not pages_within(cluster, offset, end) & ~word:
                 continue
-            if word >> TIER_SHIFT & TIER_MASK == Tier.DISK:
+            if word >> TIER_SHIFT & TIER_MASK > Tier.RAM:
                 far.append(cluster)
                 continue
             image = self.ram.load(cluster, word >> SLOT_SHIFT & 1, word >> LENGTH_SHIFT & LENGTH_MASK)

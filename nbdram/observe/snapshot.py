@@ -1,5 +1,6 @@
 """All that a running server can tell of itself, as plain numbers, read when somebody asks."""
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,7 @@ def take(server: "Server") -> Snapshot:
         ],
         "remote": server.remote and remote_facts(server.remote),
         "connections": len(server.service.connections),
+        "tasks": len(asyncio.all_tasks(server.loop)) if server.loop else 0,
         "operations": _sum_by_name(export.counters.operations for export in served),
         "read_bytes": sum(export.counters.read_bytes for export in served),
         "written_bytes": sum(export.counters.written_bytes for export in served),

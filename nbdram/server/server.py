@@ -90,6 +90,7 @@ class Server:
         self.lag: LoopLag = LoopLag()
         self.ready: bool = False  # all is set up, and nobody has asked us to stop
         self.started_at = time.monotonic()
+        self.loop: asyncio.AbstractEventLoop | None = None  # once it runs
         self.web: WebServer | None = None
         self._history = History(self)
         self.auto_budget: AutoBudget | None = None
@@ -101,6 +102,7 @@ class Server:
 
     async def start(self) -> None:
         """Make the exports and listen; on any error nothing is left behind."""
+        self.loop = asyncio.get_running_loop()
         try:
             if self.settings.tls:
                 self.service.tls = Tls(self.settings.tls)

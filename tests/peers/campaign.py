@@ -44,9 +44,9 @@ class Writer:
         with suppress(ConnectionError, asyncio.IncompleteReadError):
             async with await server.entered("disk") as client:
                 while True:
-                    await self._step(client)
+                    await self.step(client)
 
-    async def _step(self, client: Client) -> None:
+    async def step(self, client: Client) -> None:
         """A few requests at once, none over another's bytes."""
         requests, pending, trims = b"", 0, []
         for change in self._plan():
