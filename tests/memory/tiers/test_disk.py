@@ -160,11 +160,20 @@ def test_a_full_disk_refuses_an_image_says_so_once_and_keeps_the_others(
         assert rig.used_bytes() == (stored - 10 + 1) * SLOT_BYTES
 
 
+def fill_up(path: Path) -> None:
+    """Write a file until its file system has no block left: what it still finds after a flush, too."""
+    with path.open("wb", buffering=0) as file:
+        for block in (256 * 1024, 4096, 4096):
+            with suppress(OSError):
+                while True:
+                    file.write(bytes(block))
+                    os.fsync(file.fileno())
+
+
 def test_a_disk_that_others_have_filled_is_asked_again_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with mounted(tmp_path, "ext4", size_bytes=8 * MIB) as point, disk_rig(point) as rig:
         filler = point / "filler"
-        with pytest.raises(OSError, match="No space left"):
-            filler.write_bytes(bytes(16 * MIB))
+        fill_up(filler)
         with pytest.raises(OSError, match="No space left"):
             rig.store(rig.first, 0, 0, NOISE)
         filler.unlink()
