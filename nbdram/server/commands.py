@@ -132,8 +132,8 @@ def block_status_with_payload(
     """BLOCK_STATUS with PAYLOAD_LEN: the effect length and the contexts asked for are in the payload."""
     effect = int.from_bytes(body[:8], "big")
     ids = tuple(int.from_bytes(body[at : at + 4], "big") for at in range(8, len(body), 4))
-    if len(body) < 8 or len(body) % 4 or not set(ids) <= connection.contexts.keys():
-        message = "the payload is not a length and ids of negotiated contexts"
+    if len(body) < 12 or len(body) % 4 or len(set(ids)) < len(ids) or not set(ids) <= connection.contexts.keys():
+        message = "the payload is not a length and ids of negotiated contexts, each once"
     elif effect == 0 or offset + effect > connection.device.size:
         message = "past the end of the export"
     else:

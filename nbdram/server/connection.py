@@ -683,6 +683,7 @@ class Connection(asyncio.BufferedProtocol):
                 return -1
             self._count(wire.Command.WRITE)
             self.fail(out, wire.Command.WRITE, cookie, offset, final)
+            del final  # its traceback has this frame, and that the views in `out`: a cycle that would keep them
             return self._after_payload(start, end, out, length)
         self._end_wait()
         self._fetch_error = None
@@ -795,6 +796,7 @@ class Connection(asyncio.BufferedProtocol):
             self._abandon_incoming()
             refusal: list[Buffer] = []
             self.fail(refusal, wire.Command.WRITE, *self._incoming_request, final)
+            del final  # as above
             self._skip, self._skip_reply = end - start, refusal[0]
 
     def _abandon_incoming(self) -> None:
