@@ -98,3 +98,18 @@ async def test_only_what_is_punched_of_a_waiting_answer_is_copied() -> None:
         wire.read_again()
         (answer,) = (await wire.client.replies(1)).values()
         assert answer.data == DATA
+
+
+async def test_an_answer_that_stands_behind_a_long_one_keeps_its_bytes_when_they_are_punched() -> None:
+    async with wired(ReplyMode.SIMPLE, size=SIZE) as (wire, device):
+        device.write(0, DATA[: 2 * CLUSTER])
+        with wire.connection.occupied() as send:
+            send([b"first"])
+            wire.connection.send([device.hot_view[PAGE : CLUSTER + PAGE]])
+            for _ in device.trim(0, CLUSTER):
+                pass
+            for _ in device.trim(CLUSTER, 2 * CLUSTER):
+                pass
+        assert await wire.client.receive(5) == b"first"
+        assert await wire.client.receive(CLUSTER) == DATA[PAGE : CLUSTER + PAGE]
+        assert wire.connection not in device.senders or wire.connection._unsent
