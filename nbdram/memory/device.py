@@ -158,7 +158,9 @@ class Device(Space):
     def decode_quietly(self, cluster: int, word: int, start: int, end: int, image: bytes | None = None) -> list[Buffer]:
         """`decode` for those who can't know whether the word is still the cluster's: damage is not noted."""
         length = word >> LENGTH_SHIFT & LENGTH_MASK
-        content = image or self.ram.load(cluster, word >> SLOT_SHIFT & 1, length)
+        content = self.ram.load(cluster, word >> SLOT_SHIFT & 1, length) if image is None else image
+        if len(content) != length:
+            raise IntegrityError("a cold image is not as long as it was")
         if length == CLUSTER:
             return [memoryview(content)[start:end]]
         return self.codec.decode(content, start, end)

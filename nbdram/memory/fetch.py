@@ -81,7 +81,8 @@ class Fetcher:
         under_way = self._under_way.get(image)
         if under_way is not None:
             try:
-                await asyncio.shield(under_way[1])
+                # Set here too: when the reading is over, but `done` has not run yet, nothing is waited for.
+                image.content = await asyncio.shield(under_way[1])
             except OSError as error:
                 if image.is_current:
                     if isinstance(error, IntegrityError):

@@ -159,3 +159,22 @@ async def test_an_edge_for_which_there_is_no_memory_is_enospc(slow: SlowDisk, fe
     with pytest.raises(OSError, match="budget") as caught:
         await fetcher.fetch_edges(slow.device, 3 * CLUSTER + 10, 3 * CLUSTER + 20)
     assert caught.value.errno == errno.ENOSPC
+
+
+async def test_who_comes_when_the_reading_is_just_over_gets_what_was_read(slow: SlowDisk, fetcher: Fetcher) -> None:
+    slow.put(3, OLD)
+    read: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fetcher._mailbox, "future", lambda source: read)
+        first = asyncio.create_task(fetcher.fetch(slow.device, 3))
+        await asyncio.sleep(0)
+        read.set_result(OLD)  # and nobody has been told yet
+        await fetcher.fetch_edges(slow.device, 3 * CLUSTER + 1, 3 * CLUSTER + 2)
+        assert slow.device.read(3 * CLUSTER, PAGE) == OLD[:PAGE]
+        assert (await first).content == OLD
+
+
+def test_an_image_that_is_not_there_is_not_looked_for_in_ram(slow: SlowDisk) -> None:
+    slow.put(3, OLD)
+    with pytest.raises(IntegrityError):
+        slow.device.decode(3, slow.device.word(3), 0, PAGE, b"")
