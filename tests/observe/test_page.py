@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from nbdram.config import Endpoint, ExportSettings, ServeSettings
+from nbdram.memory.reclaim import anonymous_bytes
 from nbdram.server.server import Server
 
 from ..helpers import GIB, MIB, Client, dial
@@ -23,7 +24,7 @@ async def with_page(directory: Path, *exports: str, memory: int = 256 * MIB) -> 
         ServeSettings(
             exports=tuple(ExportSettings.parse(text) for text in exports),
             listen=(Endpoint(path=str(directory / "nbd.sock")),),
-            memory=memory,
+            memory=memory + anonymous_bytes(),
             control=directory / "control",
             metrics=Endpoint(host="127.0.0.1", port=0),
             metrics_required=True,

@@ -19,6 +19,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from nbdram.config import Endpoint, ExportSettings, ServeSettings, SwapSettings
+from nbdram.memory.reclaim import anonymous_bytes
 from nbdram.observe.exposition import Exposition
 from nbdram.server.server import Server
 
@@ -84,7 +85,7 @@ async def under_load(directory: Path) -> AsyncIterator[Server]:
         ServeSettings(
             exports=(ExportSettings("one", GIB), ExportSettings("two", GIB)),
             listen=(Endpoint(path=str(directory / "nbd.sock")),),
-            memory=160 * MIB,
+            memory=120 * MIB + anonymous_bytes(),
             swap=(SwapSettings(directory / "swap", GIB),),
             control=directory / "control",
             metrics=Endpoint(host="127.0.0.1", port=0),

@@ -7,6 +7,7 @@ import urllib.request
 from pathlib import Path
 
 from nbdram.config import Endpoint, ExportSettings, ServeSettings, parse_metrics
+from nbdram.memory.reclaim import anonymous_bytes
 from nbdram.server.server import Server
 
 from ..helpers import Client, command_line, eventually, run, running
@@ -31,7 +32,7 @@ def settings(directory: Path) -> ServeSettings:
     return ServeSettings(
         exports=(ExportSettings("ram", 1 << 30),),
         listen=(Endpoint(path=str(directory / "nbd.sock")),),
-        memory=64 << 20,
+        memory=(64 << 20) + anonymous_bytes(),
         control=directory / "control",
         metrics=Endpoint(host="127.0.0.1", port=0),
         metrics_required=True,
