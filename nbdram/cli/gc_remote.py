@@ -19,7 +19,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "--device",
         metavar="UUID",
         type=_uuid,
-        help="with --remove: all that this device has, although it may still be needed",
+        action="append",
+        help="with --remove: all that this device has, although it may still be needed; may be given more than once",
     )
     parser.set_defaults(run=run)
 
@@ -37,9 +38,10 @@ def run(arguments: argparse.Namespace) -> int:
                 size = format_size(holding.stored_bytes)
                 print(f"{holding.identity!s:38}{holding.images:>10}{size:>12}  {_whose(holding.record)}")
             return 0
-        wanted = [holding for holding in found if holding.identity == arguments.device]
-        if arguments.device and not wanted:
-            print(f"nbdram: there is nothing of {arguments.device}", file=sys.stderr)
+        devices = arguments.device or []
+        wanted = [holding for holding in found if holding.identity in devices]
+        if devices and not wanted:
+            print(f"nbdram: there is nothing of {', '.join(map(str, devices))}", file=sys.stderr)
             return 1
         for holding in wanted or [holding for holding in found if holding.record is None]:
             print(f"removed {orphans.remove(holding.identity)} images of {holding.identity}")

@@ -274,6 +274,10 @@ class StateDirectory:
             raise
         return fd
 
+    def has_generations(self, identity: UUID) -> bool:
+        """Whether a device ever had images in a remote."""
+        return self.file(identity, _REMOTE).exists()
+
     def check_generations(self, identity: UUID) -> None:
         """NbdramError if the file of images in a remote, which is needed, is not whole."""
         path = self.file(identity, _REMOTE)

@@ -226,7 +226,8 @@ class Exports:
 
             state = self._state
             file = state.open_generations(identity) if state else anonymous_generations(device.name)
-            device.remote = RemoteTier(self._remote, identity, file, device.name, kept=kept)
+            device.remote = RemoteTier(self._remote, identity, file, kept=kept)
+            device.remote.register(device.name)
             device.remote_first = self._remote_first
             self._remote.use(device.remote_pages)
 

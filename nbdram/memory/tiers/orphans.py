@@ -6,12 +6,15 @@ so what has no record when it is asked for belongs to nobody.
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
 
 from redis.connection import AbstractConnection
+from redis.exceptions import RedisError
 
+from nbdram.errors import NbdramError
 from nbdram.memory.tiers.engine import Engine, ask
 from nbdram.memory.tiers.remote import DEVICE_PREFIX, IMAGE_PREFIX
 from nbdram.memory.tiers.remote_settings import RemoteSettings
@@ -33,6 +36,7 @@ class Orphans:
     """Looks through one remote; NbdramError if it can't be used."""
 
     def __init__(self, settings: RemoteSettings) -> None:
+        self._settings = settings
         self._engine = Engine(settings)
         self._engine.start()
 
@@ -42,25 +46,34 @@ class Orphans:
     def survey(self) -> list[Holding]:
         """All that devices have here, the largest first."""
         sums: dict[UUID, list[int]] = {}
-        for connection, keys in self._images():
-            lengths = _pipeline(connection, [("STRLEN", key) for key in keys])
-            for key, length in zip(keys, lengths, strict=True):
-                count = sums.setdefault(_device_of(key), [0, 0])
-                count[0] += 1
-                count[1] += length if isinstance(length, int) else 0
-        found = [
-            Holding(identity, images, length, self._record(identity)) for identity, (images, length) in sums.items()
-        ]
+        with self._sentences():
+            for connection, keys in self._images():
+                lengths = _pipeline(connection, [("STRLEN", key) for key in keys])
+                for key, length in zip(keys, lengths, strict=True):
+                    count = sums.setdefault(_device_of(key), [0, 0])
+                    count[0] += 1
+                    count[1] += length if isinstance(length, int) else 0
+            found = [
+                Holding(identity, images, length, self._record(identity)) for identity, (images, length) in sums.items()
+            ]
         return sorted(found, key=lambda holding: -holding.stored_bytes)
 
     def remove(self, identity: UUID) -> int:
         """Remove all images of a device, and its record; returns how many images there were."""
         removed = 0
-        for connection, keys in self._images(identity):
-            replies = _pipeline(connection, [("UNLINK", key) for key in keys])
-            removed += sum(reply for reply in replies if isinstance(reply, int))
-        self._on_owner("UNLINK", identity)
+        with self._sentences():
+            for connection, keys in self._images(identity):
+                replies = _pipeline(connection, [("UNLINK", key) for key in keys])
+                removed += sum(reply for reply in replies if isinstance(reply, int))
+            self._on_owner("UNLINK", identity)
         return removed
+
+    @contextmanager
+    def _sentences(self) -> Iterator[None]:
+        try:
+            yield
+        except (RedisError, OSError) as error:
+            raise NbdramError(f"{self._settings} can't be looked through: {error}") from error
 
     def _record(self, identity: UUID) -> dict[str, Any] | None:
         text = self._on_owner("GET", identity)

@@ -221,7 +221,7 @@ class RemoteTier:
 
     tier: Final = Tier.REMOTE
 
-    def __init__(self, remote: Remote, identity: UUID, fd: int, name: str, *, kept: bool) -> None:
+    def __init__(self, remote: Remote, identity: UUID, fd: int, *, kept: bool) -> None:
         """`fd`: of the file of generations. `kept`: the device lives on when the server has ended."""
         self.remote = remote
         self.identity = identity
@@ -229,11 +229,10 @@ class RemoteTier:
         self.put_off = kept  # there may be images that no word points at
         self.generations = Generations(fd)
         self._prefix = IMAGE_PREFIX + identity.hex.encode() + b":"
-        try:
-            remote.register(identity, name, kept=kept)
-        except BaseException:
-            self.generations.close()
-            raise
+
+    def register(self, name: str) -> None:
+        """To be done before the first image is stored. NbdramError if it can't be."""
+        self.remote.register(self.identity, name, kept=self.kept)
 
     def close(self) -> None:
         self.generations.close()
