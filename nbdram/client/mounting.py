@@ -8,6 +8,7 @@ is taken up instead of made.
 import os
 import shutil
 import subprocess
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -61,20 +62,20 @@ def mount(wanted: Wanted) -> MountNote:
     check_point(wanted.point, nonempty=wanted.nonempty)
     _need_module()
     place = Place(wanted.name)
-    with place.locked():
+    with ExitStack() as lock, all_or_nothing() as steps:  # what is undone is undone under the lock
+        lock.enter_context(place.locked())
         kept = _what_was_kept(place)
-        with all_or_nothing() as steps:
-            note = _note(wanted, place, kept)
-            steps.undo_with(_forget, place, kept)
-            place.make()
-            place.write(note)
-            if note.server:
-                _serve(wanted, place, note, steps, kept)
-            note = _attach(wanted, place, note, steps)
-            note = _mount(wanted, place, note, steps)
-            if kept and note.size > kept.size and note.kind in FILE_SYSTEMS:
-                filesystems.grow(FILE_SYSTEMS[note.kind], Path(note.device), wanted.point)
-            return note
+        note = _note(wanted, place, kept)
+        steps.undo_with(_forget, place, kept)
+        place.make()
+        place.write(note)
+        if note.server:
+            _serve(wanted, place, note, steps, kept)
+        note = _attach(wanted, place, note, steps)
+        note = _mount(wanted, place, note, steps)
+        if kept and note.size > kept.size and note.kind in FILE_SYSTEMS:
+            filesystems.grow(FILE_SYSTEMS[note.kind], Path(note.device), wanted.point)
+        return note
 
 
 def check_point(point: Path, *, nonempty: bool) -> None:

@@ -1,13 +1,14 @@
 """Several steps that are done all or not at all, whoever interrupts.
 
 A signal becomes a KeyboardInterrupt at once, except in `uninterrupted`. A child is started there, because else one
-could be running that nobody knows of.
+could be running that nobody knows of. Only the first signal does: all that may follow is the way back, and that is
+not interrupted, not by a signal that waited for the end of a step either.
 """
 
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Final
@@ -15,6 +16,7 @@ from typing import Any, Final
 from nbdram.errors import NbdramError
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 class Steps:
@@ -23,7 +25,8 @@ class Steps:
     def __init__(self) -> None:
         self._undos: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
         self.deferring = False
-        self.interrupted = False
+        self.deaf = False
+        self._interrupted = False
 
     def undo_with(self, undo: Callable[..., object], *arguments: Any) -> None:
         self._undos.append((undo, arguments))
@@ -38,10 +41,15 @@ class Steps:
 
     def interrupt(self, number: int, frame: FrameType | None) -> None:
         """A signal's handler."""
-        if self.deferring:
-            self.interrupted = True
-            return
-        raise KeyboardInterrupt
+        self._interrupted = True
+        if not self.deferring:
+            self.heed()
+
+    def heed(self) -> None:
+        """KeyboardInterrupt if there was a signal, but once only."""
+        if self._interrupted and not self.deaf:
+            self.deaf = True
+            raise KeyboardInterrupt
 
 
 _current: Steps | None = None
@@ -59,28 +67,37 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         steps.deferring = False
-    if steps.interrupted:
-        raise KeyboardInterrupt
+    steps.heed()
 
 
 @contextmanager
 def all_or_nothing() -> Iterator[Steps]:
-    """Steps that are undone if the block is left by an error or a signal; signals while that is done are ignored."""
+    """Steps that are undone if the block is left by an error or a signal.
+
+    Signals are ignored while that is done. They stay so when all is done: what comes then comes too late.
+    """
     global _current
     _current = steps = Steps()
     heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # not so under nohup
     before = {number: signal.signal(number, steps.interrupt) for number in heard}
     try:
-        yield steps
+        try:
+            yield steps
+        finally:  # a signal just here goes to the undoing below as well, and no other can follow it
+            steps.deaf = True
     except BaseException:
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)
         steps.undo_all()
+        _heard_by(before)
         raise
+    else:
+        _heard_by(dict.fromkeys(before, signal.SIG_IGN))
     finally:
         _current = None
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+
+def _heard_by(handlers: Mapping[signal.Signals, _Handler]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def run(argv: Sequence[str]) -> "subprocess.CompletedProcess[str]":

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from nbdram.cli import mount_helper
 from nbdram.client import attachment, filesystems, mount_notes, mountinfo, mounting
 from nbdram.client.mount_notes import MountNote, Place, name_for, note_of
 from nbdram.client.mountinfo import Mounted, users_of
-from nbdram.client.undoing import all_or_nothing, uninterrupted
+from nbdram.client.undoing import all_or_nothing, run, uninterrupted
 from nbdram.errors import NbdramError
 
 
@@ -158,6 +159,40 @@ def test_a_signal_waits_for_a_step_of_which_nobody_could_tell_how_far_it_came() 
         work()
     assert done == ["undone"]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_way_back_is_not_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def undo(what: str) -> None:
+        run(["true"])  # as all that starts a child, it hears of signals that waited
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.append(what)
+
+    def work(*, waits: bool) -> None:
+        with all_or_nothing() as steps:
+            steps.undo_with(undo, "first")
+            steps.undo_with(undo, "second")
+            with uninterrupted() if waits else nullcontext():
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    for waits in (True, False):
+        with pytest.raises(KeyboardInterrupt):
+            work(waits=waits)
+        assert done == ["second", "first"]
+        done.clear()
+
+
+def test_a_signal_that_comes_when_all_is_done_comes_too_late() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with all_or_nothing():
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_what_fails_is_told_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
