@@ -2,11 +2,17 @@
 
 Everything counts: resident pages, cold images in RAM, index pages, and what the process itself takes (`overhead`).
 The hot path reads and writes one int, `free_pages`. When it falls below `wake_below`, reclaim is woken; when a
-writer finds too little, it may wait for `freed` if there is hope, and gets ENOSPC otherwise.
+writer finds too little, it may wait if there is hope, and gets ENOSPC otherwise.
+
+Those who wait stand in a queue. While there is one, memory that is short is for its head: it is told when there is
+enough for it, takes its turn, and goes to the end if it wants more. So a client that writes without a pause starves
+nobody, and one that needs much at once gets it some time.
 """
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from nbdram.memory.layout import PAGE
 
@@ -15,6 +21,15 @@ _START_SHARE = 0.90
 _STOP_SHARE = 0.85
 # What writers leave for reclaim itself: images are stored before the pages that they replace are given back.
 _RESERVE_PAGES = 1024
+# What may be taken in one turn, if others wait.
+_TURN_PAGES = 256
+
+
+@dataclass(slots=True)
+class _Waiter:
+    resume: Callable[[], None]
+    pages: int  # what it could not get
+    told: bool = False
 
 
 class Budget:
@@ -29,7 +44,10 @@ class Budget:
         self.stop_above = 0
         self.reclaim: Callable[[], None] | None = None
         self.hopeful = False
-        self.waiting: list[Callable[[], None]] = []
+        self._queue: dict[object, _Waiter] = {}
+        self._serving: object = None  # whose turn it is
+        self._taken = 0  # in this turn
+        self._refused = 0  # what was last asked for in vain
         self.set_limit(limit_bytes)
 
     def set_limit(self, limit_bytes: int) -> None:
@@ -63,6 +81,17 @@ class Budget:
         self._mark()
 
     @property
+    def goal_pages(self) -> int:
+        """What reclaim should make free: also enough for what was last refused, however small the budget is."""
+        return max(self.stop_above, self._refused + self.reserve_pages)
+
+    def give_up(self) -> None:
+        """There is nothing left to reclaim: those who wait, and those who come until there is hope, get ENOSPC."""
+        self.hopeful = False
+        self._refused = 0
+        self.freed(everyone=True)
+
+    @property
     def used_pages(self) -> int:
         return self.limit_pages - self.free_pages
 
@@ -71,17 +100,76 @@ class Budget:
         left = self.free_pages - pages
         if left < self.wake_below and self.reclaim:
             self.reclaim()
-        if left < self.reserve_pages and pages:
-            raise OSError(errno.ENOSPC, "the memory budget is used up")
+        if pages:
+            if left < self.reserve_pages or (self._queue and left < self.wake_below and not self._is_turn()):
+                self._refused = pages
+                raise OSError(errno.ENOSPC, "the memory budget is used up")
+            self._taken += pages
         self.free_pages = left
+
+    def check_edge(self) -> None:
+        """ENOSPC unless there is a page to fault in, of which a write covers a part.
+
+        These few may come out of reclaim's reserve: the write that they are for may have waited its turn already.
+        """
+        if self.free_pages < self.wake_below and self.reclaim:
+            self.reclaim()
+        if self.free_pages <= 0:
+            self._refused = 1
+            raise OSError(errno.ENOSPC, "the memory budget is used up")
 
     def give(self, pages: int) -> None:
         self.free_pages += pages
-        if self.waiting:
+        if self._queue:
             self.freed()
 
-    def freed(self) -> None:
-        """Let those who wait for memory try again."""
-        waiting, self.waiting = self.waiting, []
-        for resume in waiting:
-            resume()
+    # -- waiting -----------------------------------------------------------------------------------
+
+    @property
+    def waiting(self) -> int:
+        """How many wait."""
+        return len(self._queue)
+
+    def wait(self, who: object, resume: Callable[[], None]) -> None:
+        """After a `take` in vain: `resume` is called, once, when there is reason to try again, as a `turn`."""
+        if self._serving is who and self._taken:  # it has had something: others come first
+            self._queue.pop(who, None)
+        self._queue[who] = _Waiter(resume, self._refused)
+
+    def leave(self, who: object) -> None:
+        """Wait no more."""
+        if self._queue.pop(who, None):
+            self.freed()
+
+    @contextmanager
+    def turn(self, who: object) -> Iterator[None]:
+        """For `who` to try again what failed. If it does not `wait` again meanwhile, it needs no more."""
+        waiter = self._queue.get(who)
+        if waiter is not None and next(iter(self._queue)) is who:
+            self._serving, self._taken = who, 0
+        try:
+            yield
+        finally:
+            self._serving = None
+            if waiter is not None and self._queue.get(who) is waiter:
+                del self._queue[who]
+            self.freed()
+
+    def freed(self, *, everyone: bool = False) -> None:
+        """Let the first in the queue try again, if there is enough for it; or all, to hear that it is in vain."""
+        if everyone:
+            for waiter in list(self._queue.values()):
+                self._tell(waiter)
+        elif self._queue:
+            waiter = next(iter(self._queue.values()))
+            if self.free_pages - waiter.pages >= self.reserve_pages:
+                self._tell(waiter)
+
+    @staticmethod
+    def _tell(waiter: _Waiter) -> None:
+        if not waiter.told:
+            waiter.told = True
+            waiter.resume()
+
+    def _is_turn(self) -> bool:
+        return self._serving is not None and (len(self._queue) < 2 or self._taken < _TURN_PAGES)

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 # How many clusters a hand looks at in one go: some tens of microseconds.
 _SLICE: Final = 1 << 16
 
+_SECOND_CHANCES = bytes((Reference.TOUCHED, Reference.COLD_TOUCHED, Reference.FAR_TOUCHED, Reference.REMOTE_TOUCHED))
 _AGED = bytes.maketrans(
-    bytes((Reference.TOUCHED, Reference.COLD_TOUCHED, Reference.FAR_TOUCHED, Reference.REMOTE_TOUCHED)),
+    _SECOND_CHANCES,
     bytes((Reference.IDLE, Reference.COLD, Reference.FAR, Reference.REMOTE)),
 )
 _FREED = bytes.maketrans(bytes((Reference.STUCK,)), bytes((Reference.IDLE,)))
@@ -36,6 +37,7 @@ class Clock:
         self._ages = ages
         self._device = 0
         self._cluster = 0
+        self.aged = 0  # clusters that have lost their second chance
 
     def take(self, devices: Sequence["Device"], count: int) -> tuple[list[Victim], bool]:
         """Up to `count` victims from one slice, and whether the hand came round to the first device."""
@@ -61,7 +63,9 @@ class Clock:
         if self._ages:
             # What is being compressed keeps its mark of a touch: reclaim looks for it when the image is there.
             touched = [cluster for cluster in device.reclaiming if references[cluster] == Reference.TOUCHED]
-            aged = references[start:stop].translate(_AGED)
+            passed = references[start:stop]
+            self.aged += sum(map(passed.count, _SECOND_CHANCES)) - len(touched)
+            aged = passed.translate(_AGED)
             if device.has_far_room():  # what would not compress had to stay while there was none
                 aged = aged.translate(_FREED)
             references[start:stop] = aged

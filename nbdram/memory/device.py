@@ -296,8 +296,7 @@ class Device(Space):
         """Make one page resident out of a fetched image, if that is still where it is; ENOSPC if it can't be."""
         cluster = page >> CLUSTER_SHIFT
         if image.is_current and not self.word(cluster) >> (page >> PAGE_SHIFT & 15) & 1:
-            self.budget.take(1)
-            self.budget.free_pages += 1  # _fault counts it
+            self.budget.check_edge()
             self._fault(cluster, page, page + PAGE, image.content)
 
     # -- writing -----------------------------------------------------------------------------------
@@ -329,8 +328,7 @@ class Device(Space):
             cluster = page >> CLUSTER_SHIFT
             if self.words[cluster] >> TIER_SHIFT & TIER_MASK != Tier.RAM:
                 raise FarPage(cluster)
-            self.budget.take(1)
-            self.budget.free_pages += 1  # _fault counts it
+            self.budget.check_edge()
             self._fault(cluster, page, page + PAGE)
 
     def missing_pages(self, offset: int, end: int) -> int:

@@ -12,18 +12,23 @@ Runs on the event loop in small steps; only compression itself is done by worker
 5. When images take more than their share of the budget, or nothing is left to compress, those that were not read
    lately move on to disk or a remote, by the same rules: stored, then the word, then the old slot dropped. Images are
    sent there together: a batch takes one round trip, and the next one is made meanwhile.
+6. Reclaim never ends before the server does. Whatever goes wrong concerns one cluster, which stays where it is, or
+   this attempt; it is logged once, and tried again.
 """
 
 import asyncio
 import logging
+import time
+import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
 from nbdram.memory.budget import Budget
 from nbdram.memory.clock import Clock
-from nbdram.memory.codec import INCOMPRESSIBLE_BYTES
+from nbdram.memory.codec import INCOMPRESSIBLE_BYTES, IntegrityError
 from nbdram.memory.device import Device
 from nbdram.memory.layout import (
     CLUSTER,
@@ -49,15 +54,18 @@ BATCH: Final = 16
 _BATCHES_AT_WORK: Final = 2
 _BATCHES_TO_FAR: Final = 8  # of images on their way down
 _MEASURE_S: Final = 0.25
+_MEASURE_BUSY_S: Final = 0.05  # while memory comes and goes
 _VERDICT_S: Final = 0.25  # how long "there is nothing left" is believed
-# After this many rounds of the clocks' hands without a gain there is nothing left to reclaim: for either kind of
-# victim, one round ages what was touched, and one takes it.
+# After this many rounds of the clocks' hands in which nothing was gained, nor touched by anybody, there is nothing
+# left to reclaim: for either kind of victim, one round ages what was touched, and one takes it.
 _HOPELESS_ROUNDS: Final = 5
+_HOPELESS_S: Final = 1.0  # clients that touch everything all the time are waited for no longer than this
 # Where there is a disk or a remote, images in RAM may take this share of the budget.
 _IMAGE_SHARE: Final = 0.5
 
 _ZEROS: Final = 0  # the image of a cluster of zeros
 _STUCK: Final = -1  # there is none: it would not compress, or there is no room
+_FAILED: Final = -2  # there is none, for a reason that may pass
 
 
 class ReclaimCounters:
@@ -77,8 +85,9 @@ class _Job:
     device: Device
     cluster: int
     word: int
-    image: int = _STUCK  # the word that describes the image that was stored
+    image: int = _FAILED  # the word that describes the image that was stored
     storing: "Future[None] | None" = None  # below RAM; until it is done, `image` is a hope
+    error: Exception | None = None  # that nobody expects
 
 
 class Reclaimer:
@@ -93,10 +102,11 @@ class Reclaimer:
         self._workers = ThreadPoolExecutor(1, thread_name_prefix="nbdram-compress")
         self._wanted = asyncio.Event()
         self._complained = False
-        self._gains = 0  # clusters that were reclaimed
+        self._gains = 0  # clusters that were reclaimed, or that could have been if nobody had touched them
+        self._surprises: set[type[BaseException]] = set()  # those that were logged since all went well
         self._mailbox = Mailbox()
         self._tasks: list[asyncio.Task[None]] = []
-        self._at_work: set[asyncio.Task[list[_Job]]] = set()
+        self._at_work: dict[asyncio.Task[None], list[_Job]] = {}
 
     def start(self) -> None:
         self._measure()
@@ -113,10 +123,16 @@ class Reclaimer:
 
     async def _watch(self) -> None:
         """What the process itself takes counts too."""
+        free = 0
         while True:
-            await asyncio.sleep(_MEASURE_S)
-            self._measure()
-            if self._budget.free_pages < self._budget.wake_below:
+            quiet = free == self._budget.free_pages
+            await asyncio.sleep(_MEASURE_S if quiet else _MEASURE_BUSY_S)
+            try:
+                self._measure()
+            except Exception as error:  # too many open files, say
+                self._surprised(error)
+            free = self._budget.free_pages
+            if free < self._budget.wake_below:
                 self._wanted.set()
 
     def _measure(self) -> None:
@@ -126,41 +142,62 @@ class Reclaimer:
         while True:
             await self._wanted.wait()
             self._wanted.clear()
-            if await self._balance():
+            try:
+                balanced = await self._balance()
+            except Exception as error:
+                self._surprised(error)
+                await asyncio.sleep(_VERDICT_S)
+                self._wanted.set()
+                continue
+            if balanced:
                 self._complained = False
+                self._surprises.clear()
                 self._budget.freed()
                 continue
             if not self._complained:
                 log.warning("the memory budget is used up, and nothing more can be compressed")
             self._complained = True
-            self._budget.hopeful = False  # those who wait, and those who come now, get ENOSPC
-            self._budget.freed()
+            self._budget.give_up()
             await asyncio.sleep(_VERDICT_S)
             self._budget.hopeful = True
+
+    def _surprised(self, error: BaseException) -> None:
+        """Rule 6."""
+        traceback.clear_frames(error.__traceback__)
+        if type(error) not in self._surprises:
+            self._surprises.add(type(error))
+            log.error("reclaim had an error and goes on: %r", error, exc_info=error)
 
     async def _balance(self) -> bool:
         """Reclaim until enough is free; False if there is nothing left that could be."""
         budget = self._budget
-        rounds, seen = 0, self._gains
-        while budget.free_pages < budget.stop_above:
+        rounds = quiet = 0  # without a gain; and without anything that was touched meanwhile either
+        gains, aged, since = self._gains, self._aged(), time.monotonic()
+        while budget.free_pages < budget.goal_pages:
             # After a fruitless round, try the other kind of victim.
             images = self._images_above_share() != bool(rounds & 1)
             jobs, came_round = self._pick(images=images)
             if jobs:
-                self._at_work.add(asyncio.create_task(self._work(jobs)))
+                self._at_work[asyncio.create_task(self._work(jobs))] = jobs
             most = _BATCHES_TO_FAR if any(device.remote for device in self._devices()) else _BATCHES_AT_WORK
             while len(self._at_work) >= (1 if came_round else most):
                 await self._collect()
-            if self._gains != seen:
-                rounds, seen = 0, self._gains
+            if self._gains != gains:
+                rounds = quiet = 0
+                gains, since = self._gains, time.monotonic()
             elif came_round:
                 rounds += 1
-                if rounds >= _HOPELESS_ROUNDS:
+                quiet = quiet + 1 if self._aged() == aged else 0
+                aged = self._aged()
+                if quiet >= _HOPELESS_ROUNDS or time.monotonic() - since > _HOPELESS_S:
                     return False
             await asyncio.sleep(0)
         while self._at_work:
             await self._collect()
         return True
+
+    def _aged(self) -> int:
+        return self._clock.aged + self._image_clock.aged
 
     def _images_above_share(self) -> bool:
         devices = self._devices()
@@ -191,22 +228,36 @@ class Reclaimer:
                 return jobs, came_round
         return jobs, False
 
-    async def _work(self, jobs: list[_Job]) -> list[_Job]:
+    async def _work(self, jobs: list[_Job]) -> None:
         """Have a batch stored. Those that would not be stay where they are."""
-        await asyncio.get_running_loop().run_in_executor(self._workers, _store, jobs)
-        stored = [(job, self._mailbox.future(job.storing)) for job in jobs if job.storing]
-        for job, storing in stored:
-            try:
-                await storing
-            except OSError as error:
-                job.image = _not_stored(job, error)
-        return jobs
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._workers, _store, jobs)
+        except BrokenExecutor:  # it will never do anything again
+            self._workers = ThreadPoolExecutor(1, thread_name_prefix="nbdram-compress")
+            raise
+        finally:
+            stored = [(job, self._mailbox.future(job.storing)) for job in jobs if job.storing]
+            for job, storing in stored:
+                try:
+                    await storing
+                except Exception as error:
+                    _not_stored(job, error)
 
     async def _collect(self) -> None:
-        done, self._at_work = await asyncio.wait(self._at_work, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(self._at_work, return_when=asyncio.FIRST_COMPLETED)
         for batch in done:
-            for job in batch.result():
-                self._settle(job)
+            jobs = self._at_work.pop(batch)
+            if error := batch.exception():
+                self._surprised(error)
+            for job in jobs:
+                if job.error:
+                    self._surprised(job.error)
+                try:
+                    self._settle(job)
+                except Exception as surprise:
+                    self._surprised(surprise)
+                    with suppress(Exception):
+                        job.device.release_stray(job.cluster)  # an image that is nobody's
 
     def _settle(self, job: _Job) -> None:
         """Let the image take the cluster's place, if nobody has touched it meanwhile (rule 1)."""
@@ -216,6 +267,8 @@ class Reclaimer:
         unchanged = device.references[cluster] == idle and device.words[cluster] == job.word
         if not unchanged or any(i.covers(cluster) for i in device.incoming):
             self.counters.thrown_away += 1
+            if job.image >= 0:
+                self._gains += 1
             if job.image > 0:
                 device.discard_image(cluster, job.image)
             device.release_stray(cluster)
@@ -227,7 +280,7 @@ class Reclaimer:
             if job.word & RESIDENT:
                 self.counters.incompressible += 1
                 device.references[cluster] = Reference.STUCK
-        else:
+        elif job.image > 0:
             if job.word & RESIDENT:
                 self.counters.compressed += 1
             else:
@@ -236,19 +289,22 @@ class Reclaimer:
             device.take_image(cluster, job.image)
 
 
-def _store(jobs: list[_Job]) -> list[_Job]:
+def _store(jobs: list[_Job]) -> None:
     """In a worker thread: store the images of a batch. The loop may change the clusters meanwhile."""
     for job in jobs:
         try:
             job.image = _store_image(job) if job.word & RESIDENT else _demote(job)
-        except OSError as error:  # no room, or a damaged old image: all stays where it is
-            job.image = _not_stored(job, error)
-    return jobs
+        except Exception as error:
+            _not_stored(job, error)
 
 
-def _not_stored(job: _Job, error: OSError) -> int:
+def _not_stored(job: _Job, error: Exception) -> None:
+    """All stays where it is: there is no room now, or the old image is damaged, or nobody knows why."""
     log.debug("%s: cluster %d can't be reclaimed: %s", job.device.name, job.cluster, error)
-    return _STUCK
+    job.image = _STUCK if isinstance(error, IntegrityError) else _FAILED
+    traceback.clear_frames(error.__traceback__)  # they have views of `hot`
+    if not isinstance(error, OSError):
+        job.error = error
 
 
 def _store_image(job: _Job) -> int:

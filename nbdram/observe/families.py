@@ -171,7 +171,7 @@ FAMILIES: Final = (
         "gauge",
         "Requests that wait for memory now.",
         (),
-        _server(lambda s: len(s.exports.budget.waiting)),
+        _server(lambda s: s.exports.budget.waiting),
     ),
     Family(
         "nbdram_out_of_memory_errors_total",

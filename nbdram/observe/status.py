@@ -98,7 +98,7 @@ def facts(server: "Server", find: str = "") -> dict[str, Any]:
             "remote": sum(device.remote_pages for device in devices) * PAGE,
             "remote_content": sum(device.remote_clusters for device in devices) * CLUSTER,
             "stored": sum(device.stored_bytes for device in devices),
-            "waiting": len(budget.waiting),
+            "waiting": budget.waiting,
         },
         "swap": [
             {

@@ -10,7 +10,8 @@ import mmap
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from nbdram.memory.device import FarPage, Piece
 from nbdram.memory.layout import CLUSTER, Tier
@@ -49,6 +50,7 @@ PUNCHES = frozenset((Command.TRIM, Command.WRITE_ZEROES))
 _NO_RANGE = frozenset((Command.FLUSH, Command.DISC))
 
 Stepwise = Callable[[int, int], Iterator[None]]  # of a device: begins work on [offset, end)
+Done = TypeVar("Done")
 Refusal = tuple[int, str]  # errno, a sentence for the client
 
 
@@ -189,18 +191,29 @@ async def _begin_again(
     """Steps that could not be done: once more, with what they need from disk, waiting for memory like a WRITE."""
     out: list[Buffer] = []
     pause = _Pause()
-    deadline = time.monotonic() + connection.write_wait_s
+    memory = _Patience(connection)
+    steps: Iterator[None] | None = None
+
+    def step() -> bool:
+        """The next one, of which the first is the one that begins, also after an error; False when that was all."""
+        nonlocal steps
+        steps = steps or begin(offset, end)
+        try:
+            return next(steps, steps) is not steps
+        except OSError:
+            steps = None
+            raise
+
     while not out:
         try:
             await connection.fetcher.fetch_edges(connection.device, offset, end)
-            for _ in begin(offset, end):
+            while await memory.enough_for(step):
                 await pause()
             out.append(connection.replies.done(cookie, offset))
         except FarPage:  # gone to disk again
             continue
         except OSError as error:
-            if error.errno != errno.ENOSPC or not await connection.memory_freed(deadline):
-                connection.fail(out, command, cookie, offset, error)
+            connection.fail(out, command, cookie, offset, error)
     connection.send(out)
 
 
@@ -208,7 +221,7 @@ async def _write_zeros(connection: "Connection", cookie: int, offset: int, end: 
     """WRITE_ZEROES that stay allocated: written, and waiting for memory like a WRITE."""
     out: list[Buffer] = []
     pause = _Pause()
-    deadline = time.monotonic() + connection.write_wait_s
+    memory = _Patience(connection)
     at = offset
     try:
         await connection.fetcher.fetch_edges(connection.device, offset, end)
@@ -217,19 +230,45 @@ async def _write_zeros(connection: "Connection", cookie: int, offset: int, end: 
                 raise OSError(errno.ENOSPC, "past the end of the export")
             stop = min(end, at // CLUSTER * CLUSTER + CLUSTER)
             try:
-                connection.device.write(at, bytes(stop - at))
+                await memory.enough_for(partial(connection.device.write, at, bytes(stop - at)))
                 at = stop
             except FarPage:  # an edge has gone to disk again
                 await connection.fetcher.fetch_edges(connection.device, at, stop)
-            except OSError as error:
-                if error.errno != errno.ENOSPC or not await connection.memory_freed(deadline):
-                    raise
             await pause()
     except OSError as error:
         connection.fail(out, Command.WRITE_ZEROES, cookie, offset, error)
     else:
         out.append(connection.replies.done(cookie, offset))
     connection.send(out)
+
+
+class _Patience:
+    """Waits for memory on behalf of one task, as long as a WRITE may, all its waits together."""
+
+    def __init__(self, connection: "Connection") -> None:
+        self._budget = connection.device.budget
+        self._deadline = time.monotonic() + connection.write_wait_s
+
+    async def enough_for(self, work: Callable[[], Done]) -> Done:
+        """Do it, as soon as there is memory for it."""
+        while True:
+            freed = asyncio.Event()
+            with self._budget.turn(self):
+                try:
+                    return work()
+                except OSError as error:
+                    if error.errno != errno.ENOSPC or not self._budget.hopeful:
+                        raise
+                    self._budget.wait(self, freed.set)
+                    refusal = error
+            try:
+                await asyncio.wait_for(freed.wait(), max(0.0, self._deadline - time.monotonic()))
+            except TimeoutError:
+                self._budget.leave(self)
+                raise refusal from None
+            except asyncio.CancelledError:
+                self._budget.leave(self)
+                raise
 
 
 class _Pause:

@@ -319,6 +319,7 @@ class Connection(asyncio.BufferedProtocol):
         self._later.clear()
         self._wake_drained()
         if self.device is not None:
+            self.device.budget.leave(self)
             self.device.senders.discard(self)
             self.export.connections -= 1
             log.info("%s closed export %r", self.peer, self.export.name)
@@ -716,7 +717,7 @@ class Connection(asyncio.BufferedProtocol):
         self.export.counters.write_waits += 1
         self._starved = True
         self._stall()
-        budget.waiting.append(self._memory_freed)
+        budget.wait(self, self._memory_freed)
         self._hunger = self._loop.call_later(left, self._try_again)
         return True
 
@@ -739,19 +740,6 @@ class Connection(asyncio.BufferedProtocol):
         self._stall()
         self.spawn(wire.Command.WRITE, fetch())
 
-    async def memory_freed(self, deadline: float) -> bool:
-        """For tasks: wait until memory is free; False when there is no hope, or at `deadline` (monotonic)."""
-        budget = self.device.budget
-        if not budget.hopeful:
-            return False
-        freed = asyncio.Event()
-        budget.waiting.append(freed.set)
-        try:
-            await asyncio.wait_for(freed.wait(), max(0.0, deadline - time.monotonic()))
-        except TimeoutError:
-            return False
-        return True
-
     def _memory_freed(self) -> None:
         self._loop.call_soon(self._try_again)  # not in the middle of what has just freed it
 
@@ -760,7 +748,8 @@ class Connection(asyncio.BufferedProtocol):
             self._starved = False
             if self._hunger:
                 self._hunger.cancel()
-            self._resume()
+            with self.device.budget.turn(self):
+                self._resume()
 
     def _payload_received(self, length: int) -> None:
         incoming = self._incoming

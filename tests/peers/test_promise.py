@@ -20,6 +20,7 @@ from tests.helpers import CLUSTER, KIB, MIB, client_flags, go, option, request
 
 from .conftest import Serve
 from .running import Server, random_bytes
+from .test_fio import fio, transferred
 
 PROMISE = 1.05
 
@@ -58,6 +59,20 @@ def within(server: Server, mib: int) -> Iterator[None]:
         yield
     assert watch.samples > 20
     assert watch.most <= PROMISE * mib * MIB, f"{watch.where} were held, {mib} were promised"
+
+
+@pytest.mark.parametrize(("mib", "swap"), [(40, False), (72, True)], ids=["ram", "disk"])
+def test_under_sustained_writes_of_any_size(serve: Serve, tmp_path: Path, mib: int, swap: bool) -> None:
+    """Twice as much as fits, of which a part can be compressed away; four connections write all of it."""
+    size = (mib - 24) * 2
+    options = ("--swap", f"disk:{tmp_path}") if swap else ()
+    server = serve(f"disk={size}M", memory=f"{mib}M", options=options)
+    common = ("--numjobs=4", f"--size={size}M", "--buffer_compress_percentage=70", "--refill_buffers=1")
+    for rw, length, depth, times in (("randwrite", "4k", 32, 0.25), ("write", "1m", 8, 2), ("write", "32m", 2, 2)):
+        how = (f"--rw={rw}", f"--bs={length}", f"--iodepth={depth}", f"--io_size={int(times * size)}M")
+        with within(server, mib):
+            done = fio(tmp_path, server.uri(), *how, *common)
+        assert transferred(done, "write") >= size * MIB
 
 
 def content(cluster: int, raw_bytes: int) -> bytes:

@@ -1,0 +1,247 @@
+"""Reclaim goes on, whatever happens to it; and it says "hopeless" only when it is."""
+
+import asyncio
+import errno
+import random
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Any
+
+import lz4.block
+import pytest
+
+from nbdram.memory import reclaim
+from nbdram.memory.budget import Budget
+from nbdram.memory.device import Device
+from nbdram.memory.layout import Reference, Tier
+from nbdram.memory.reclaim import Reclaimer
+from tests.helpers import CLUSTER, MIB, PAGE, eventually
+
+COUNT = 128  # clusters; half of them fit
+LIMIT = COUNT * CLUSTER // 2
+
+
+def text(cluster: int) -> bytes:
+    return b"%07d\n" % cluster * (CLUSTER // 8)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    monkeypatch.setattr(reclaim, "anonymous_bytes", lambda: 0)
+    made = Device("paged", 4 * COUNT * CLUSTER, Budget(LIMIT))
+    yield made
+    made.close()
+
+
+@asynccontextmanager
+async def reclaiming(device: Device) -> AsyncIterator[Reclaimer]:
+    reclaimer = Reclaimer(device.budget, lambda: [device])
+    reclaimer.start()
+    try:
+        yield reclaimer
+    finally:
+        await reclaimer.stop()
+
+
+async def write(device: Device, cluster: int, content: bytes) -> None:
+    """Like a client that waits for memory."""
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                device.write(cluster * CLUSTER, content)
+                return
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                await asyncio.sleep(0.001)
+
+
+class Once:
+    """What is called in another's place: the first few times it raises."""
+
+    def __init__(self, error: BaseException, real: Callable[..., Any], times: int = 1) -> None:
+        self.left = times
+        self._error, self._real = error, real
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        if self.left > 0:
+            self.left -= 1
+            raise self._error
+        return self._real(*arguments, **named)
+
+
+def in_a_worker(reclaimer: Reclaimer, device: Device, patch: pytest.MonkeyPatch) -> Once:
+    once = Once(lz4.block.LZ4BlockError("what?"), device.codec.encode, 20)
+    patch.setattr(device.codec, "encode", once)
+    return once
+
+
+def no_memory_in_a_worker(reclaimer: Reclaimer, device: Device, patch: pytest.MonkeyPatch) -> Once:
+    once = Once(MemoryError(), device.codec.encode)
+    patch.setattr(device.codec, "encode", once)
+    return once
+
+
+def no_memory_for_a_file(reclaimer: Reclaimer, device: Device, patch: pytest.MonkeyPatch) -> Once:
+    once = Once(OSError(errno.ENOMEM, "Cannot allocate memory"), device.ram.store, 40)
+    patch.setattr(device.ram, "store", once)
+    return once
+
+
+def no_thread_can_be_started(reclaimer: Reclaimer, device: Device, patch: pytest.MonkeyPatch) -> Once:
+    once = Once(RuntimeError("can't start new thread"), reclaimer._workers.submit, 3)
+    patch.setattr(reclaimer._workers, "submit", once)
+    return once
+
+
+def a_thread_pool_that_is_broken(reclaimer: Reclaimer, device: Device, patch: pytest.MonkeyPatch) -> Once:
+    once = Once(AssertionError("a thread that fails to start"), int)
+    reclaimer._workers = ThreadPoolExecutor(1, initializer=once)
+    return once
+
+
+def in_the_clock(reclaimer: Reclaimer, device: Device, patch: pytest.MonkeyPatch) -> Once:
+    once = Once(KeyError("where am I?"), reclaimer._clock.take)
+    patch.setattr(reclaimer._clock, "take", once)
+    return once
+
+
+def in_settling(reclaimer: Reclaimer, device: Device, patch: pytest.MonkeyPatch) -> Once:
+    once = Once(ValueError("operation forbidden on released memoryview object"), device.take_image, 3)
+    patch.setattr(device, "take_image", once)
+    return once
+
+
+def in_measuring(reclaimer: Reclaimer, device: Device, patch: pytest.MonkeyPatch) -> Once:
+    once = Once(OSError(errno.EMFILE, "Too many open files"), lambda: 0, 2)
+    patch.setattr(reclaim, "anonymous_bytes", once)
+    return once
+
+
+EXPECTED = (no_memory_for_a_file,)  # no surprises
+
+
+@pytest.mark.parametrize(
+    "surprise",
+    [
+        in_a_worker,
+        no_memory_in_a_worker,
+        no_memory_for_a_file,
+        no_thread_can_be_started,
+        a_thread_pool_that_is_broken,
+        in_the_clock,
+        in_settling,
+        in_measuring,
+    ],
+)
+async def test_no_surprise_ends_reclaim_and_each_is_logged_once(
+    device: Device,
+    surprise: Callable[[Reclaimer, Device, pytest.MonkeyPatch], Once],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with reclaiming(device) as reclaimer:
+        once = surprise(reclaimer, device, monkeypatch)
+        for cluster in range(COUNT):
+            await write(device, cluster, text(cluster))
+        await eventually(lambda: not once.left)
+        for cluster in range(COUNT):
+            await write(device, COUNT + cluster, text(cluster))
+        await eventually(lambda: not device.reclaiming and device.budget.free_pages >= device.budget.wake_below)
+        assert device.cold_pages * PAGE == device.ram.allocated_bytes()
+    assert all(device.read(cluster * CLUSTER, CLUSTER) == text(cluster % COUNT) for cluster in range(2 * COUNT))
+    assert caplog.text.count("reclaim had an error and goes on") == (surprise not in EXPECTED)
+
+
+async def test_a_device_that_is_closed_while_it_is_compressed_does_not_end_reclaim(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    doomed = Device("doomed", MIB, device.budget)
+    devices = [doomed, device]
+    reclaimer = Reclaimer(device.budget, lambda: devices)
+    encode = doomed.codec.encode
+    begun, may_go = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def slow(content: memoryview) -> Any:
+        loop.call_soon_threadsafe(begun.set)
+        asyncio.run_coroutine_threadsafe(may_go.wait(), loop).result(20)
+        return encode(content)
+
+    monkeypatch.setattr(doomed.codec, "encode", slow)
+    doomed.write(0, bytes(CLUSTER - 1) + b"x")
+    reclaimer.start()
+    try:
+        for cluster in range(COUNT // 2 - 6):
+            device.write(cluster * CLUSTER, text(cluster))
+        await asyncio.wait_for(begun.wait(), 20)
+        devices.remove(doomed)
+        may_go.set()
+        await eventually(lambda: not doomed.reclaiming)
+        doomed.close()
+        for cluster in range(COUNT):
+            await write(device, COUNT + cluster, text(cluster))
+    finally:
+        may_go.set()
+        await reclaimer.stop()
+
+
+async def test_clusters_that_are_touched_all_the_time_are_no_reason_to_give_up(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They compress well: as soon as they are left alone, there is memory."""
+    count = LIMIT // CLUSTER - 6
+    for cluster in range(count):
+        device.write(cluster * CLUSTER, text(cluster))
+    async with reclaiming(device) as reclaimer:
+        monkeypatch.setattr(reclaim, "_HOPELESS_S", 20.0)
+        reclaimer._wanted.set()
+        for _ in range(30):
+            device.references[:count] = bytes((Reference.TOUCHED,)) * count
+            assert device.budget.hopeful
+            await asyncio.sleep(0)
+        await eventually(lambda: device.budget.free_pages >= device.budget.wake_below)
+
+
+async def test_what_does_not_compress_is_hopeless_until_it_is_trimmed(device: Device) -> None:
+    noise = random.Random(1).randbytes(CLUSTER)
+    async with reclaiming(device):
+        written = 0
+        while device.budget.hopeful:
+            try:
+                device.write(written * CLUSTER, noise)
+                written += 1
+            except OSError:
+                await asyncio.sleep(0.001)
+        assert {device.references[cluster] for cluster in range(written)} == {Reference.STUCK}
+        list(device.trim(0, 4 * CLUSTER))
+        await write(device, written, noise)
+    assert device.read(4 * CLUSTER, CLUSTER) == device.read(written * CLUSTER, CLUSTER) == noise
+
+
+async def test_a_lowered_budget_is_reached_and_a_raised_one_is_used(device: Device) -> None:
+    async with reclaiming(device):
+        for cluster in range(COUNT // 2 - 10):
+            await write(device, cluster, text(cluster))
+        device.budget.set_limit(LIMIT // 4)
+        assert device.budget.free_pages < 0
+        with pytest.raises(OSError, match="budget"):
+            device.write(COUNT * CLUSTER, b"x")
+        await eventually(lambda: device.budget.free_pages > 0)
+        await write(device, COUNT, text(COUNT))
+        assert (device.resident_pages + device.cold_pages + device.index_pages) * PAGE <= LIMIT // 4
+        device.budget.set_limit(4 * LIMIT)
+        for cluster in range(COUNT):
+            device.write(cluster * CLUSTER, text(cluster + 1))
+    tiers = {tier for _, _, tier in device.extents(0, COUNT * CLUSTER)}
+    assert tiers == {Tier.RESIDENT}
+
+
+async def test_a_budget_smaller_than_one_batch_is_enough_for_one_write_after_the_other(device: Device) -> None:
+    device.budget.set_limit(6 * CLUSTER)
+    async with reclaiming(device):
+        for cluster in range(40):
+            await write(device, cluster, text(cluster))
+            assert device.budget.free_pages >= 0
+    assert all(device.read(cluster * CLUSTER, CLUSTER) == text(cluster) for cluster in range(40))
