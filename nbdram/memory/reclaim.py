@@ -56,10 +56,11 @@ _BATCHES_TO_FAR: Final = 8  # of images on their way down
 _MEASURE_S: Final = 0.25
 _MEASURE_BUSY_S: Final = 0.05  # while memory comes and goes
 _VERDICT_S: Final = 0.25  # how long "there is nothing left" is believed
-# After this many rounds of the clocks' hands in which nothing was gained, nor touched by anybody, there is nothing
+# After this many rounds of the clocks' hands in which nothing was gained, touched or received, there is nothing
 # left to reclaim: for either kind of victim, one round ages what was touched, and one takes it.
 _HOPELESS_ROUNDS: Final = 5
 _HOPELESS_S: Final = 1.0  # clients that touch everything all the time are waited for no longer than this
+_PAUSE_S: Final = 0.0005  # after a round
 # Where there is a disk or a remote, images in RAM may take this share of the budget.
 _IMAGE_SHARE: Final = 0.5
 
@@ -187,14 +188,18 @@ class Reclaimer:
                 gains, since = self._gains, time.monotonic()
             elif came_round:
                 rounds += 1
-                quiet = quiet + 1 if self._aged() == aged else 0
+                quiet = quiet + 1 if self._aged() == aged and not self._is_receiving() else 0
                 aged = self._aged()
                 if quiet >= _HOPELESS_ROUNDS or time.monotonic() - since > _HOPELESS_S:
                     return False
-            await asyncio.sleep(0)
+            await asyncio.sleep(_PAUSE_S if came_round else 0)
         while self._at_work:
             await self._collect()
         return True
+
+    def _is_receiving(self) -> bool:
+        """Whether there is a large WRITE that goes on without more memory: what it has written is ours afterwards."""
+        return any(not incoming.is_held_up for device in self._devices() for incoming in device.incoming)
 
     def _aged(self) -> int:
         return self._clock.aged + self._image_clock.aged

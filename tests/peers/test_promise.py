@@ -7,8 +7,8 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -52,25 +52,39 @@ class Watch:
             self.samples += 1
 
 
-@contextmanager
-def within(server: Server, mib: int) -> Iterator[None]:
-    """The promise, for what the block does."""
-    with Watch(server) as watch:
-        yield
-    assert watch.samples > 20
-    assert watch.most <= PROMISE * mib * MIB, f"{watch.where} were held, {mib} were promised"
+Kept = Callable[..., tuple[Server, Callable[[], AbstractContextManager[None]]]]
 
 
-@pytest.mark.parametrize(("mib", "swap"), [(40, False), (72, True)], ids=["ram", "disk"])
-def test_under_sustained_writes_of_any_size(serve: Serve, tmp_path: Path, mib: int, swap: bool) -> None:
+@pytest.fixture
+def kept(serve: Serve) -> Kept:
+    """Starts a server with so much memory besides what the process itself takes, and gives the promise to test."""
+    overhead = serve("probe=1M").private_bytes()
+
+    def start(mib: int, export: str, *options: str) -> tuple[Server, Callable[[], AbstractContextManager[None]]]:
+        promised = overhead + mib * MIB
+        server = serve(export, memory=str(promised), options=options)
+
+        @contextmanager
+        def promise() -> Iterator[None]:
+            with Watch(server) as watch:
+                yield
+            assert watch.samples > 20
+            assert watch.most <= PROMISE * promised, f"{watch.where} were held, {promised >> 20} MiB were promised"
+
+        return server, promise
+
+    return start
+
+
+@pytest.mark.parametrize(("mib", "swap"), [(16, False), (44, True)], ids=["ram", "disk"])
+def test_under_sustained_writes_of_any_size(kept: Kept, tmp_path: Path, mib: int, swap: bool) -> None:
     """Twice as much as fits, of which a part can be compressed away; four connections write all of it."""
-    size = (mib - 24) * 2
-    options = ("--swap", f"disk:{tmp_path}") if swap else ()
-    server = serve(f"disk={size}M", memory=f"{mib}M", options=options)
+    size = mib * 2
+    server, promise = kept(mib, f"disk={size}M", *(("--swap", f"disk:{tmp_path}") if swap else ()))
     common = ("--numjobs=4", f"--size={size}M", "--buffer_compress_percentage=70", "--refill_buffers=1")
     for rw, length, depth, times in (("randwrite", "4k", 32, 0.25), ("write", "1m", 8, 2), ("write", "32m", 2, 2)):
         how = (f"--rw={rw}", f"--bs={length}", f"--iodepth={depth}", f"--io_size={int(times * size)}M")
-        with within(server, mib):
+        with promise():
             done = fio(tmp_path, server.uri(), *how, *common)
         assert transferred(done, "write") >= size * MIB
 
@@ -115,11 +129,11 @@ class SlowReader:
 @pytest.mark.parametrize("mode", [ReplyMode.SIMPLE, ReplyMode.STRUCTURED], ids=["simple", "structured"])
 @pytest.mark.parametrize("swap", [False, True], ids=["ram", "disk"])
 def test_while_clients_ask_for_much_cold_data_and_take_none_of_it(
-    serve: Serve, tmp_path: Path, mode: ReplyMode, swap: bool
+    kept: Kept, tmp_path: Path, mode: ReplyMode, swap: bool
 ) -> None:
     """Queued replies, images that were read from disk, and large answers in one piece count too."""
-    mib, size, raw_bytes = (64, 80, 48 * KIB) if swap else (64, 80, 8 * KIB)
-    server = serve(f"disk={size}M", memory=f"{mib}M", options=("--swap", f"disk:{tmp_path}") if swap else ())
+    size, raw_bytes = 80, 48 * KIB if swap else 8 * KIB
+    server, promise = kept(40, f"disk={size}M", *(("--swap", f"disk:{tmp_path}") if swap else ()))
     server.script(f"""
         for cluster in range({size * MIB // CLUSTER}):
             data = noise({raw_bytes}, cluster) + b"%07d\\n" % cluster * {(CLUSTER - raw_bytes) // 8}
@@ -127,7 +141,7 @@ def test_while_clients_ask_for_much_cold_data_and_take_none_of_it(
     """)
     for length, count in ((64 * KIB, 300), (256 * KIB, 64), (16 * MIB, 2)):
         with ExitStack() as stack:
-            with within(server, mib):
+            with promise():
                 readers = [SlowReader(server, mode) for _ in range(8)]
                 for number, reader in enumerate(readers):
                     stack.enter_context(reader.socket)
