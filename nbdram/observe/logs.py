@@ -31,6 +31,7 @@ EVENTS: Final[dict[str, tuple[str, ...]]] = {
     "%d connections: more are turned away": ("connections_full", "connections"),
     "%s: the data at offset %d is lost: %s": ("data_lost", "export", "offset", "reason"),
     "the memory budget is used up, and nothing more can be compressed": ("memory_full",),
+    "reclaim had an error and goes on: %r": ("reclaim_error", "error"),
     "%s is on tmpfs: what is swapped there stays in RAM": ("swap_on_tmpfs", "path"),
     "%s: can't write swap: %s; cold data stays in RAM for now": ("swap_write_failed", "path", "reason"),
     "%s: swap can be written again": ("swap_recovered", "path"),
