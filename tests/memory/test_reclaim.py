@@ -114,7 +114,7 @@ def in_settling(reclaimer: Reclaimer, device: Device, patch: pytest.MonkeyPatch)
 
 
 def in_measuring(reclaimer: Reclaimer, device: Device, patch: pytest.MonkeyPatch) -> Once:
-    once = Once(OSError(errno.EMFILE, "Too many open files"), lambda: 0, 2)
+    once = Once(OSError(errno.EMFILE, "Too many open files"), lambda: 0)
     patch.setattr(reclaim, "anonymous_bytes", once)
     return once
 
