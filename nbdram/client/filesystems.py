@@ -29,7 +29,8 @@ class FileSystem:
 
 
 # Memory is zeroed and as durable as the kernel that has it mounted: nothing is written that only says so, nothing
-# is reserved, and nothing is kept for a crash that would take all data with it.
+# is reserved, and nothing is kept for a crash that would take all data with it. meta_bg: without it, an empty ext4
+# takes 4 MiB more, for descriptors of groups that are not there yet, and at 1 TiB another 8 for copies of all of them.
 _EXT4: Final = FileSystem(
     "ext4",
     "e2fsprogs",
@@ -40,8 +41,8 @@ _EXT4: Final = FileSystem(
     "noatime,discard",
     ("resize2fs",),
     grows_by_device=True,
-    with_journal=("-J", "size=16"),
-    without_journal=("-O", "^has_journal"),
+    with_journal=("-J", "size=16", "-O", "meta_bg,^resize_inode"),
+    without_journal=("-O", "^has_journal,meta_bg,^resize_inode"),
 )
 _XFS: Final = FileSystem("xfs", "xfsprogs", ("mkfs.xfs", "-q", "-f", "-K"), "noatime,discard", ("xfs_growfs",))
 _BTRFS: Final = FileSystem(

@@ -202,7 +202,7 @@ def test_a_busy_file_system_grows_after_paging_has_occurred(guest: Guest, tmp_pa
         guest,
         LOOK
         + r"""
-        nbdram mount 128M $D --name work --memory 40M --swap disk:/run/swap
+        nbdram mount 128M $D --name work --memory 40M --swap disk:/run/swap --keep
         nbdram resize work 64M && exit 1
         head -c 24M /dev/urandom | base64 -w 0 >$D/file
         sha256sum $D/file >$TMPDIR/sums
@@ -218,7 +218,16 @@ def test_a_busy_file_system_grows_after_paging_has_occurred(guest: Guest, tmp_pa
         echo 3 >/proc/sys/vm/drop_caches
         sha256sum --quiet --check $TMPDIR/sums
         umount -i $D
-        until [ -z "$(nbdram mount)" ]; do sleep 0.1; done
+        until nbdram mount | grep -q " kept "; do sleep 0.1; done
+        "$NBDRAM" serve --state-dir $NOTES/work/state --memory 40M --swap disk:/run/swap --listen unix:$TMPDIR/nbd \
+            --metrics off & server=$!
+        until_there $TMPDIR/nbd
+        nbdram attach "nbd+unix:///work?socket=$TMPDIR/nbd" /dev/nbd0
+        e2fsck -fn /dev/nbd0
+        nbdram detach /dev/nbd0
+        kill $server
+        wait $server
+        nbdram umount --free work
         clean
         [ "$(ls /run/swap)" = lock ]
         """,
