@@ -69,3 +69,9 @@ clean:
 soak: MINUTES ?= 60
 soak: packages-test .venv/test-ready
 	$(BIN)/python -m tests.soak --minutes $(MINUTES)
+
+# Inputs that nobody thought of, for so many minutes, going on where the last run ended; docs/fuzzing.md.
+.PHONY: fuzz
+fuzz: MINUTES ?= 10
+fuzz: packages-test .venv/test-ready
+	$(BIN)/python -m tests.fuzz run --minutes $(MINUTES)

@@ -211,7 +211,7 @@ class Endpoint:
         name = quote(export)
         scheme = "nbds" if tls else "nbd"
         if self.path:
-            return f"{scheme}+unix:///{name}?socket={quote(self.path)}"
+            return f"{scheme}+unix:///{name}?socket={quote(self.path, errors='surrogateescape')}"
         port = "" if self.port == DEFAULT_PORT else f":{self.port}"
         host = self.netloc.removesuffix(f":{self.port}")
         return f"{scheme}://{host}{port}/{name}"
@@ -265,8 +265,13 @@ def parse_nbd_uri(text: str) -> tuple[Endpoint, str]:
         port = parts.port
     except ValueError:
         raise UsageError(f"{text!r} is not an NBD URI") from None
-    name = unquote(parts.path.removeprefix("/"))
-    options = {key: unquote(value) for key, _, value in (pair.partition("=") for pair in parts.query.split("&"))}
+    name = unquote(parts.path.removeprefix("/"), errors="surrogateescape")
+    if not _is_utf8(name):
+        raise UsageError(f"{text!r} names an export that is not in UTF-8")
+    options = {
+        key: unquote(value, errors="surrogateescape")
+        for key, _, value in (pair.partition("=") for pair in parts.query.split("&"))
+    }
     tls = None
     if parts.scheme.startswith("nbds"):
         directory = options.get("tls-certificates")
@@ -279,6 +284,15 @@ def parse_nbd_uri(text: str) -> tuple[Endpoint, str]:
     if parts.scheme in ("nbd", "nbds") and parts.hostname:
         return Endpoint(host=parts.hostname, port=DEFAULT_PORT if port is None else port, tls=tls), name
     raise UsageError(f"{text!r} is not an NBD URI: write nbd://HOST/NAME or nbd+unix:///NAME?socket=PATH")
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether what a user wrote is that, and not bytes that only a file can be named by."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 DEFAULT_METRICS: Final = Endpoint(host="127.0.0.1", port=9810)

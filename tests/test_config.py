@@ -184,6 +184,14 @@ def test_the_uri_that_is_printed_leads_back(endpoint: Endpoint, name: str) -> No
     assert parse_nbd_uri(endpoint.uri(name)) == (endpoint, name)
 
 
+def test_a_socket_may_have_any_name_and_an_export_one_in_utf_8() -> None:
+    endpoint = Endpoint(path=os.fsdecode(b"/run/\xff\xfe"))
+    assert parse_nbd_uri(endpoint.uri("a")) == (endpoint, "a")
+    for name in ("%FF", os.fsdecode(b"\xff")):
+        with pytest.raises(UsageError, match="not in UTF-8"):
+            parse_nbd_uri(f"nbd://localhost/{name}")
+
+
 def test_uris_of_other_hands_are_understood() -> None:
     assert parse_nbd_uri("nbd://localhost") == (Endpoint(host="localhost"), "")
     assert parse_nbd_uri("nbd+unix:///?socket=/tmp/a+b") == (Endpoint(path="/tmp/a+b"), "")

@@ -1,6 +1,8 @@
 """A client that does not read, or that sends more than anybody asked for, costs a bounded amount of memory."""
 
 import asyncio
+import errno
+import gc
 import socket
 from pathlib import Path
 
@@ -102,6 +104,20 @@ async def test_a_client_that_reads_late_gets_all_of_it(mode: ReplyMode) -> None:
         await feeding
         expected = [data[number * KIB : number * KIB + 256 * KIB] for number in range(100)]
         assert [answer.data for _, answer in sorted(answers.items())] == expected
+
+
+async def test_a_write_that_is_refused_for_want_of_memory_keeps_no_view_of_the_device() -> None:
+    gc.disable()  # it would tidy up some time; until then a device could not be closed, which `wired` does at its end
+    try:
+        async with wired(ReplyMode.SIMPLE, size=SIZE, memory=20 * PAGE) as (wire, device):
+            device.write(0, b"x" * PAGE)
+            read = wire.client.request(Command.READ, 0, PAGE)
+            write = wire.client.request(Command.WRITE, MIB, payload=b"y" * 128 * KIB)
+            assert wire.feed_one(read + write) == len(read + write)
+            answers = await wire.client.replies(2)
+            assert [answer.error for _, answer in sorted(answers.items())] == [0, errno.ENOSPC]
+    finally:
+        gc.enable()
 
 
 @MODES

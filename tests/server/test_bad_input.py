@@ -33,6 +33,7 @@ from tests.helpers import (
     request,
     served,
     u32,
+    u64,
 )
 
 EINVAL, ENOSPC = 22, 28
@@ -288,6 +289,22 @@ async def test_cve_2025_47712_block_status_rounds_no_length_to_32_bits(tmp_path:
             (PAGE, 0),
             (TIB - 8 * GIB - PAGE, 3),
         ]
+
+
+@pytest.mark.parametrize("ids", [(), (1, 1), (1, 2, 1), (3,)], ids=["none", "twice", "again", "unknown"])
+async def test_a_status_payload_names_negotiated_contexts_each_once_or_is_refused(
+    tmp_path: Path, ids: tuple[int, ...]
+) -> None:
+    contexts = ["base:allocation", "x-nbdram:tier"]
+    async with served(tmp_path) as here, await here.entered("ram", ReplyMode.EXTENDED, contexts) as client:
+        assert sorted(client.contexts.values()) == [1, 2]
+        payload = u64(PAGE) + b"".join(map(u32, ids))
+        flags = CommandFlag.PAYLOAD_LEN
+        answer = await client.call(Command.BLOCK_STATUS, 0, len(payload), flags=flags, payload=payload)
+        assert (answer.error, answer.status) == (EINVAL, {})
+        payload = u64(PAGE) + u32(2)
+        answer = await client.call(Command.BLOCK_STATUS, 0, len(payload), flags=flags, payload=payload)
+        assert answer.status == {2: [(PAGE, 0)]}
 
 
 @MODES
