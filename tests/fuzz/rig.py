@@ -121,8 +121,10 @@ class Rig:
             case "free memory":
                 self.budget.freed()
             case "lose hope":
-                self.budget.hopeful = not self.budget.hopeful
-                self.budget.freed()
+                if self.budget.hopeful:
+                    self.budget.give_up()
+                else:
+                    self.budget.hopeful = True
             case "shrink budget" | "grow budget":
                 self.stand.shrink(TIGHT // 2 if step.kind == "shrink budget" else ROOMY)
             case "finish":
@@ -198,8 +200,8 @@ class Rig:
         if job.storing:
             try:
                 job.storing.result()
-            except OSError:
-                job.image = reclaim._STUCK
+            except OSError as error:
+                reclaim._not_stored(job, error)
         self.jobs.append(job)
 
     def _settle(self) -> None:
@@ -216,11 +218,10 @@ class Rig:
         self.is_reading = True
         rounds = 0
         while not self._is_quiet():
-            self.budget.hopeful = False
+            self.budget.give_up()
             if not self.has_finished:
                 await self._flush()
             self._pump()
-            self.budget.freed()
             await asyncio.sleep(0)
             self._read()
             rounds += 1

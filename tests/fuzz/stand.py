@@ -127,6 +127,7 @@ class Stand:
         assert not any(device.references[: SIZE // CLUSTER]), "a cluster is left when all was trimmed"
         self.check_accounts()
         assert device.resident_pages == device.cold_pages == 0, "memory is kept"
+        assert not self.budget.waiting, "somebody still waits for memory"
         assert not device.senders, "somebody is still sending"
         assert not device.incoming, "somebody is still receiving"
         assert not device.reclaiming, "a cluster is still being reclaimed"
