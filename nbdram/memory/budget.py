@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from nbdram.memory.layout import PAGE
 
 # Reclaim works between these shares of the budget that are in use.
-_START_SHARE = 0.90
-_STOP_SHARE = 0.85
+_START_SHARE = 0.97
+_STOP_SHARE = 0.95
 # What writers leave for reclaim itself: images are stored before the pages that they replace are given back.
 _RESERVE_PAGES = 1024
 # What may be taken in one turn, if others wait.
@@ -117,6 +117,14 @@ class Budget:
         if self.free_pages <= 0:
             self._refused = 1
             raise OSError(errno.ENOSPC, "the memory budget is used up")
+
+    def has_spare(self) -> bool:
+        """Whether there is memory for what need not be resident, but had better be. If not, some is reclaimed."""
+        if self.free_pages > self.wake_below:
+            return True
+        if self.reclaim:
+            self.reclaim()
+        return False
 
     def give(self, pages: int) -> None:
         self.free_pages += pages

@@ -18,10 +18,12 @@ from nbdram.memory.layout import (
     CLUSTER,
     CLUSTER_SHIFT,
     DIRTY_SHIFT,
+    IDLE,
     LENGTH_MASK,
     LENGTH_SHIFT,
     PAGE,
     PAGE_SHIFT,
+    READ_TOUCH,
     RESIDENT,
     RESIDENT_AND_DIRTY,
     SLOT_SHIFT,
@@ -99,17 +101,19 @@ class Device(Space):
         words, references = self.words, self.references
         first, last = offset >> CLUSTER_SHIFT, (end - 1) >> CLUSTER_SHIFT
         if self.is_whole(first, last + 1):
-            references[first : last + 1] = _ALL_TOUCHED[: last + 1 - first]
+            references[first : last + 1] = references[first : last + 1].translate(READ_TOUCH)
             return True
         for cluster in range(first, last + 1):
-            if not references[cluster]:
+            reference = references[cluster]
+            if not reference:
                 return False
             resident = words[cluster] & RESIDENT
             if resident != RESIDENT:
                 mask = pages_within(cluster, offset, end)
                 if resident & mask != mask:
                     return False
-            references[cluster] = TOUCHED
+            if reference == IDLE:
+                references[cluster] = TOUCHED
         return True
 
     def read_cold(self, cluster: int, offset: int, end: int) -> list[Buffer] | None:
@@ -136,9 +140,9 @@ class Device(Space):
         base = cluster << CLUSTER_SHIFT
         if reference == Reference.COLD:
             self.references[cluster] = Reference.COLD_TOUCHED
-        elif reference in (Reference.IDLE, Reference.STUCK):
+        elif reference == IDLE:
             self.references[cluster] = TOUCHED
-        elif self.budget.free_pages > self.budget.wake_below:
+        elif self.budget.has_spare():
             start = offset & ~(PAGE - 1)
             self._fault(cluster, start, min(base + CLUSTER, -(-end // PAGE) * PAGE))
             return [self.hot_view[offset:end]]
@@ -237,7 +241,8 @@ class Device(Space):
         for first, last, tier in tiers_of(word, start - base, stop - base):
             buffers: list[Buffer] = []
             if tier == Tier.RESIDENT:
-                self.references[cluster] = TOUCHED
+                if self.references[cluster] == IDLE:
+                    self.references[cluster] = TOUCHED
                 buffers = [self.hot_view[base + first : base + last]]
             elif tier == Tier.RAM:
                 content = self.read_cold(cluster, base + first, base + last)
@@ -253,7 +258,7 @@ class Device(Space):
         image = images.get(cluster)
         if image is None or not image.is_current:
             raise FarPage(cluster)
-        if self.budget.free_pages > self.budget.wake_below:
+        if self.budget.has_spare():
             self._fault(cluster, start & ~(PAGE - 1), -(-end // PAGE) * PAGE, image.content)
             return [self.hot_view[start:end]]
         if self.references[cluster] in (Reference.FAR, Reference.REMOTE):

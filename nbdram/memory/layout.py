@@ -57,7 +57,7 @@ class Reference(IntEnum):
     HOLE = 0
     IDLE = 1  # has resident pages, and was not touched since the clock's hand went by
     TOUCHED = 2
-    STUCK = 3  # idle, but would not compress: left alone until it is touched again
+    STUCK = 3  # would not compress: left alone until it is written again, or there is room below RAM
     COLD = 4  # no page is resident, the image is in RAM
     COLD_TOUCHED = 5
     FAR = 6  # no page is resident, the image is on disk
@@ -66,7 +66,10 @@ class Reference(IntEnum):
     REMOTE_TOUCHED = 9
 
 
+IDLE: Final = int(Reference.IDLE)
 TOUCHED: Final = int(Reference.TOUCHED)
+# What a READ makes of the reference bytes of clusters whose pages are all resident.
+READ_TOUCH: Final = bytes.maketrans(bytes((IDLE,)), bytes((TOUCHED,)))
 # The reference byte of an idle cluster without resident pages, by the tier of its image.
 COLD_REFERENCE: Final = {Tier.RAM: Reference.COLD, Tier.DISK: Reference.FAR, Tier.REMOTE: Reference.REMOTE}
 

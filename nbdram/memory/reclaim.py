@@ -59,7 +59,7 @@ _VERDICT_S: Final = 0.25  # how long "there is nothing left" is believed
 # After this many rounds of the clocks' hands in which nothing was gained, touched or received, there is nothing
 # left to reclaim: for either kind of victim, one round ages what was touched, and one takes it.
 _HOPELESS_ROUNDS: Final = 5
-_HOPELESS_S: Final = 1.0  # clients that touch everything all the time are waited for no longer than this
+_HOPELESS_S: Final = 5.0  # clients that touch everything all the time are waited for no longer than this
 _PAUSE_S: Final = 0.0005  # after a round
 # Where there is a disk or a remote, images in RAM may take this share of the budget.
 _IMAGE_SHARE: Final = 0.5
@@ -154,6 +154,9 @@ class Reclaimer:
                 self._complained = False
                 self._surprises.clear()
                 self._budget.freed()
+                continue
+            if self._budget.free_pages >= self._budget.wake_below:  # wanted for READs only, which can do without
+                await asyncio.sleep(_VERDICT_S)
                 continue
             if not self._complained:
                 log.warning("the memory budget is used up, and nothing more can be compressed")

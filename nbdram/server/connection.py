@@ -33,7 +33,7 @@ from nbdram.config import Limits
 from nbdram.memory.device import Device, FarPage
 from nbdram.memory.fetch import Fetcher
 from nbdram.memory.incoming import Incoming
-from nbdram.memory.layout import CLUSTER, CLUSTER_SHIFT, RESIDENT_AND_DIRTY_MASKS, RESIDENT_MASKS, TOUCHED
+from nbdram.memory.layout import CLUSTER, CLUSTER_SHIFT, IDLE, RESIDENT_AND_DIRTY_MASKS, RESIDENT_MASKS, TOUCHED
 from nbdram.memory.space import Copies
 from nbdram.protocol import wire
 from nbdram.protocol.handshake import (
@@ -460,10 +460,12 @@ class Connection(asyncio.BufferedProtocol):
                 if 0 < length <= CLUSTER - within:
                     cluster = offset >> CLUSTER_SHIFT
                     resident = False
-                    if references[cluster]:
+                    reference = references[cluster]
+                    if reference:
                         mask = masks[within >> 12 << 4 | (within + length - 1) >> 12]
                         if words[cluster] & mask == mask:
-                            references[cluster] = TOUCHED
+                            if reference == IDLE:
+                                references[cluster] = TOUCHED
                             resident = True
                         elif self._read_cold(out, cluster, cookie, offset, stop):
                             at += header_bytes

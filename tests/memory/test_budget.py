@@ -101,7 +101,7 @@ def test_one_that_never_has_enough_takes_turns_with_the_others(budget: Budget) -
 
 def test_nobody_takes_everything_in_one_turn(budget: Budget) -> None:
     waiting = writers(budget, 16, 16, appetite=1000)
-    budget.give(1000)
+    budget.give(400)
     waiting[0].take_turn()
     assert waiting[0].got == 256
     assert told(waiting) == ["1"]

@@ -245,3 +245,36 @@ async def test_a_budget_smaller_than_one_batch_is_enough_for_one_write_after_the
             await write(device, cluster, text(cluster))
             assert device.budget.free_pages >= 0
     assert all(device.read(cluster * CLUSTER, CLUSTER) == text(cluster) for cluster in range(40))
+
+
+async def test_what_would_not_compress_is_tried_again_when_it_was_written_not_when_it_was_read(device: Device) -> None:
+    noise = random.Random(7).randbytes(CLUSTER)
+    async with reclaiming(device) as reclaimer:
+        device.write(0, noise)
+        for cluster in range(1, COUNT):
+            await write(device, cluster, text(cluster))
+        await eventually(lambda: device.references[0] == Reference.STUCK)
+        for touched in (False, True):
+            assert device.is_resident(0, CLUSTER) if touched else device.read(0, CLUSTER) == noise
+            for cluster in range(1, COUNT):
+                await write(device, cluster, text(cluster))
+        assert reclaimer.counters.incompressible == 1
+        device.write(0, noise)
+        for cluster in range(1, COUNT):
+            await write(device, cluster, text(cluster))
+        await eventually(lambda: reclaimer.counters.incompressible == 2)
+
+
+async def test_what_is_read_again_takes_the_place_of_what_is_not_though_the_budget_is_used_up(device: Device) -> None:
+    async with reclaiming(device):
+        for cluster in range(3 * COUNT):
+            await write(device, cluster, text(cluster))
+        for first in (0, COUNT):
+            pages = range(first * CLUSTER, (first + 24) * CLUSTER, PAGE)
+
+            def all_resident(pages: range = pages) -> bool:
+                for page in pages:
+                    assert device.read(page, PAGE) == text(page // CLUSTER)[:PAGE]
+                return all(device.is_resident(page, page + PAGE) for page in pages)
+
+            await eventually(all_resident)
