@@ -26,6 +26,7 @@ from nbdram.memory.space import FarImage
 
 _READERS: Final = 4
 _TURNS: Final = 6
+_SHORT_TURNS: Final = 24
 
 
 class Fetcher:
@@ -37,6 +38,7 @@ class Fetcher:
         self._under_way: dict[FarImage, tuple[Device, asyncio.Future[bytes]]] = {}
         # What is read is held in memory until it is sent: who reads much takes one of these for each part.
         self.turns = asyncio.Semaphore(_TURNS)
+        self.short_turns = asyncio.Semaphore(_SHORT_TURNS)  # for reads within one cluster
         self.fetched = 0
         self.times = Recent()
         self.seconds = Histogram()
@@ -46,14 +48,18 @@ class Fetcher:
 
     async def gather(self, device: Device, start: int, end: int) -> list[Piece]:
         """What `Device.gather` gives, with what is not in RAM fetched. OSError as the disk or the remote gave it."""
-        images: Images = {}
         while True:
-            try:
-                return device.gather(start, end, images)
-            except FarPage:
-                clusters = device.far_clusters(start, end)
+            clusters = device.far_clusters(start, end)
+            images: Images
+            if len(clusters) == 1:
+                images = {clusters[0]: await self.fetch(device, clusters[0])}
+            else:
                 fetched = await asyncio.gather(*(self.fetch(device, cluster) for cluster in clusters))
                 images = dict(zip(clusters, fetched, strict=True))
+            try:
+                return device.gather(start, end, images)
+            except FarPage:  # what was fetched is not the cluster's any more
+                continue
 
     async def check(self, device: Device, start: int, end: int) -> None:
         """OSError if [start, end) can't be read now: a disk that fails, a damaged image."""
@@ -105,7 +111,7 @@ class Fetcher:
         if from_remote:
             assert device.remote
             slot, length = word >> SLOT_SHIFT & 1, word >> LENGTH_SHIFT & LENGTH_MASK
-            source: Future[bytes] = device.remote.fetch(cluster, slot, length)
+            source: Future[bytes] = device.remote.fetch(cluster, slot, length, on_loop=True)
         else:
             source = self._readers.submit(device.load_image, cluster, word)
         under_way = self._mailbox.future(source)

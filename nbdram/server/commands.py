@@ -351,7 +351,7 @@ async def _read(connection: "Connection", flags: int, cookie: int, offset: int, 
     hole = offset  # where the hole begins that the last parts were
     try:
         for start, stop in _parts(offset, end):
-            async with _turn(connection):
+            async with _turn(connection, stop - start):
                 pieces = await connection.fetcher.gather(connection.device, start, stop)
                 if _in_one_piece(connection, flags):
                     header = connection.replies.data(cookie, offset, end - offset, offset, last=True)
@@ -371,7 +371,7 @@ async def _read_whole(connection: "Connection", cookie: int, offset: int, end: i
     pause = _Pause()
     try:
         for start, stop in _parts(offset, end):
-            async with _turn(connection):
+            async with _turn(connection, stop - start):
                 await connection.fetcher.check(connection.device, start, stop)
             await pause()
     except OSError as error:
@@ -394,9 +394,10 @@ def _parts(offset: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 @asynccontextmanager
-async def _turn(connection: "Connection") -> AsyncIterator[None]:
+async def _turn(connection: "Connection", length: int) -> AsyncIterator[None]:
     """To read something and send it: only so much at once in all, and nothing for a client that takes nothing."""
-    turns = connection.fetcher.turns
+    fetcher = connection.fetcher
+    turns = fetcher.short_turns if length <= CLUSTER else fetcher.turns
     while True:
         await connection.drained()
         await turns.acquire()

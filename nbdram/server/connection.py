@@ -262,7 +262,10 @@ class Connection(asyncio.BufferedProtocol):
         budget = self.device.budget
         started = now()
         idle_at = 0.0
-        while not (self._stalled or self._closing or self._ended or budget.free_pages < budget.wake_below):
+        # What tasks wait for comes by way of the event loop.
+        while not (
+            self._tasks or self._stalled or self._closing or self._ended or budget.free_pages < budget.wake_below
+        ):
             place = self.get_buffer(-1)
             room = len(place)
             try:

@@ -28,6 +28,7 @@ from nbdram.memory.layout import PAGE, Tier
 from nbdram.memory.tiers.engine import Command, Engine, Finish
 from nbdram.memory.tiers.generations import GENERATIONS_BYTES, Generations
 from nbdram.memory.tiers.ram import image_pages
+from nbdram.memory.tiers.reading import Reads
 from nbdram.memory.tiers.remote_settings import RemoteSettings
 from nbdram.memory.tiers.seal import SEAL_BYTES, Seal
 
@@ -67,6 +68,7 @@ class Remote:
         self._renew_at = 0.0
         self.engine = Engine(settings)
         self.engine.start(self._renew)
+        self._reads = Reads(self.engine)
 
     def close(self) -> None:
         """Drops that are still to be made get some time; what is left then is for `nbdram gc-remote`."""
@@ -76,6 +78,7 @@ class Remote:
         if any(thread.is_alive() for thread in self._forgetting):
             log.warning("%s: not all data could be removed; nbdram gc-remote does the rest", self.settings)
         self._closed = True
+        self._reads.close()
         self.engine.close()
         for thread in self._forgetting:
             thread.join()
@@ -105,8 +108,9 @@ class Remote:
     def store(self, key: bytes, sealed: bytes, finish: Finish) -> None:
         self.engine.send(Command(key, (b"SET", key, sealed), time.monotonic() + _STORE_S, finish, is_image=True))
 
-    def fetch(self, key: bytes, wait_s: float, finish: Finish) -> None:
-        self.engine.send(Command(key, (b"GET", key), time.monotonic() + wait_s, finish))
+    def fetch(self, key: bytes, wait_s: float, finish: Finish, *, on_loop: bool) -> None:
+        send = self._reads.send if on_loop else self.engine.send
+        send(Command(key, (b"GET", key), time.monotonic() + wait_s, finish))
 
     def drop(self, key: bytes, finish: Finish | None = None) -> bool:
         """Some time soon; False if too many wait already."""
@@ -268,8 +272,13 @@ class RemoteTier:
     def store(self, cluster: int, slot: int, image: bytes) -> None:
         self.submit(cluster, slot, image).result()
 
-    def fetch(self, cluster: int, slot: int, length: int, wait_s: float | None = None) -> "Future[bytes]":
-        """An image of `length` bytes; OSError if the remote is away for too long, IntegrityError if it is not there."""
+    def fetch(
+        self, cluster: int, slot: int, length: int, wait_s: float | None = None, *, on_loop: bool = False
+    ) -> "Future[bytes]":
+        """An image of `length` bytes; OSError if the remote is away for too long, IntegrityError if it is not there.
+
+        `on_loop`: the event loop asks, which may do it without the help of a thread.
+        """
         generation = self.generations.at(cluster, slot)
         fetching: Future[bytes] = Future()
 
@@ -283,7 +292,7 @@ class RemoteTier:
             _settle(fetching, image, error)
 
         wait_s = self.remote.settings.wait_s if wait_s is None else wait_s
-        self.remote.fetch(self._key(cluster, generation), wait_s, finish)
+        self.remote.fetch(self._key(cluster, generation), wait_s, finish, on_loop=on_loop)
         return fetching
 
     def _open(self, sealed: bytes | None, cluster: int, generation: int, length: int) -> bytes:

@@ -45,7 +45,7 @@ class Seal:
         """IntegrityError if it is not what was sealed as `identity`."""
         try:
             key = self._key(sealed[:_SALT_BYTES])
-            return key.decrypt(sealed[_SALT_BYTES:_HEAD_BYTES], sealed[_HEAD_BYTES:], identity)
+            return key.decrypt(sealed[_SALT_BYTES:_HEAD_BYTES], memoryview(sealed)[_HEAD_BYTES:], identity)
         except (InvalidTag, ValueError):
             raise IntegrityError(f"an image {self._place} is not what was stored") from None
 

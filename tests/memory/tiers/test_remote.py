@@ -200,6 +200,7 @@ async def test_a_full_server_keeps_what_it_has_and_takes_more_when_there_is_room
             assert remote.failing
             await model.check()
             lone.call("CONFIG", "SET", "maxmemory", 0)
+            await eventually(remote.has_room)  # it is tried again a moment after it refused
             while remote.failing:
                 await model.write(model.chance.randrange(len(model.numbers)))
             await model.check()
@@ -254,6 +255,25 @@ async def test_a_server_that_hangs_holds_up_only_those_who_need_it(lone: Node, t
             lone.go_on()
         assert await reading == model.content(model.numbers[far])
         await model.check()
+
+
+async def test_connections_that_break_amid_reads_are_made_again(lone: Node, tmp_path: Path) -> None:
+    async with modelled(tmp_path, of(lone)) as (server, model):
+        await model.fill()
+        device = server.device()
+        await eventually(lambda: device.remote_clusters > 300)
+        far = [c for c in range(model.clusters) if device.word(c) >> 50 == Tier.REMOTE]
+        for first in range(0, 64, 8):
+            reading = [asyncio.create_task(read_apart(server, model, c)) for c in far[first : first + 8]]
+            await asyncio.sleep(0.002 * (first // 8))
+            await asyncio.to_thread(lone.call, "CLIENT", "KILL", "TYPE", "normal")
+            await asyncio.gather(*reading)
+        assert device.missing_images == device.integrity_errors == 0
+
+
+async def read_apart(server: Served, model: Model, cluster: int) -> None:
+    async with await server.entered() as client:
+        assert await client.read(cluster * CLUSTER, CLUSTER) == model.content(model.numbers[cluster])
 
 
 async def test_reads_of_a_server_that_stays_away_end_in_an_error_and_its_images_are_there_when_it_is_back(
