@@ -21,6 +21,7 @@ from nbdram.memory.layout import (
     Tier,
 )
 from nbdram.memory.mailbox import Mailbox
+from nbdram.memory.readahead import Kept
 from nbdram.memory.recent import Recent
 from nbdram.memory.space import FarImage
 
@@ -39,6 +40,7 @@ class Fetcher:
         # What is read is held in memory until it is sent: who reads much takes one of these for each part.
         self.turns = asyncio.Semaphore(_TURNS)
         self.short_turns = asyncio.Semaphore(_SHORT_TURNS)  # for reads within one cluster
+        self._kept = Kept()
         self.fetched = 0
         self.times = Recent()
         self.seconds = Histogram()
@@ -61,6 +63,16 @@ class Fetcher:
             except FarPage:  # what was fetched is not the cluster's any more
                 continue
 
+    def at_hand(self, device: Device, start: int, end: int) -> Images | None:
+        """The images that `Device.gather` needs, if each has been read already."""
+        images: Images = {}
+        for cluster in device.far_clusters(start, end):
+            image = device.far_images.get(cluster)
+            if image is None or not image.content:
+                return None
+            images[cluster] = image
+        return images
+
     async def check(self, device: Device, start: int, end: int) -> None:
         """OSError if [start, end) can't be read now: a disk that fails, a damaged image."""
         for cluster in device.check_images(start, end):
@@ -75,15 +87,7 @@ class Fetcher:
 
     async def fetch(self, device: Device, cluster: int) -> FarImage:
         """The image of a cluster, not current if it is gone from there by the time it was read."""
-        image = device.far_images.get(cluster)
-        if image is None:
-            image = FarImage()
-            word = device.word(cluster)
-            if word >> TIER_SHIFT & TIER_MASK <= Tier.RAM:
-                image.is_current = False
-                return image
-            device.far_images[cluster] = image
-            self._read(device, cluster, word, image)
+        image = self._begin(device, cluster)
         under_way = self._under_way.get(image)
         if under_way is not None:
             try:
@@ -94,6 +98,25 @@ class Fetcher:
                     if isinstance(error, IntegrityError):
                         device.note_damage(cluster, error)
                     raise
+        return image
+
+    def fetch_ahead(self, device: Device, cluster: int) -> None:
+        """Begin to read an image that will probably be wanted soon, if it is on disk or in a remote."""
+        image = self._begin(device, cluster)
+        if image.is_current:
+            self._kept.add(image)
+
+    def _begin(self, device: Device, cluster: int) -> FarImage:
+        """The image of a cluster, which is being read if it was not there yet; not current if there is none to read."""
+        image = device.far_images.get(cluster)
+        if image is None:
+            image = FarImage()
+            word = device.word(cluster)
+            if word >> TIER_SHIFT & TIER_MASK <= Tier.RAM:
+                image.is_current = False
+                return image
+            device.far_images[cluster] = image
+            self._read(device, cluster, word, image)
         return image
 
     def _read(self, device: Device, cluster: int, word: int, image: FarImage) -> None:

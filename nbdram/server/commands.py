@@ -321,10 +321,15 @@ def _whole(pieces: list[Piece]) -> "list[Buffer]":
 
 
 def _read_now(connection: "Connection", out: "list[Buffer]", flags: int, cookie: int, offset: int, end: int) -> None:
+    device = connection.device
     try:
-        pieces = connection.device.gather(offset, end)
-    except FarPage:
-        connection.spawn(Command.READ, _read(connection, flags, cookie, offset, end))
+        images = connection.fetcher.at_hand(device, offset, end)
+        if images is None:
+            connection.spawn(Command.READ, _read(connection, flags, cookie, offset, end))
+            return
+        if images:
+            connection.ahead.follow(device, offset, end)
+        pieces = device.gather(offset, end, images)
     except OSError as error:
         connection.fail(out, Command.READ, cookie, offset, error)
     else:
@@ -352,6 +357,7 @@ async def _read(connection: "Connection", flags: int, cookie: int, offset: int, 
     try:
         for start, stop in _parts(offset, end):
             async with _turn(connection, stop - start):
+                connection.ahead.follow(connection.device, start, stop)
                 pieces = await connection.fetcher.gather(connection.device, start, stop)
                 if _in_one_piece(connection, flags):
                     header = connection.replies.data(cookie, offset, end - offset, offset, last=True)

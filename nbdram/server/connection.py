@@ -34,6 +34,7 @@ from nbdram.memory.device import Device, FarPage
 from nbdram.memory.fetch import Fetcher
 from nbdram.memory.incoming import Incoming
 from nbdram.memory.layout import CLUSTER, CLUSTER_SHIFT, IDLE, RESIDENT_AND_DIRTY_MASKS, RESIDENT_MASKS, TOUCHED
+from nbdram.memory.readahead import ReadAhead
 from nbdram.memory.space import Copies
 from nbdram.protocol import wire
 from nbdram.protocol.handshake import (
@@ -151,6 +152,7 @@ class Connection(asyncio.BufferedProtocol):
     def __init__(self, service: Service, tls: TlsPolicy = TlsPolicy.OFF) -> None:
         self._service = service
         self.fetcher = service.fetcher
+        self.ahead = ReadAhead(service.fetcher)
         self.write_wait_s = service.write_wait_s
         self._buffer = service.receive_buffer
         self._view = service.receive_view

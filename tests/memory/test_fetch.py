@@ -14,6 +14,7 @@ from nbdram.memory.codec import IntegrityError
 from nbdram.memory.device import Device, Piece
 from nbdram.memory.fetch import Fetcher
 from nbdram.memory.layout import LENGTH_SHIFT, Tier, cold_word
+from nbdram.memory.readahead import ReadAhead
 from nbdram.memory.tiers.disk import SwapArea
 from nbdram.server.exports import Exports
 from tests.helpers import CLUSTER, MIB, PAGE
@@ -178,3 +179,79 @@ def test_an_image_that_is_not_there_is_not_looked_for_in_ram(slow: SlowDisk) -> 
     slow.put(3, OLD)
     with pytest.raises(IntegrityError):
         slow.device.decode(3, slow.device.word(3), 0, PAGE, b"")
+
+
+# -- reading ahead -------------------------------------------------------------------------------------
+
+
+async def read_in_order(slow: SlowDisk, fetcher: Fetcher, ahead: ReadAhead, step: int, end: int) -> None:
+    for at in range(0, end, step):
+        ahead.follow(slow.device, at, at + step)
+        cluster = at // CLUSTER
+        content = random.Random(cluster).randbytes(CLUSTER)[at % CLUSTER : at % CLUSTER + step]
+        assert joined(await fetcher.gather(slow.device, at, at + step)) == content
+
+
+@pytest.fixture
+def full(slow: SlowDisk) -> SlowDisk:
+    """All of the device is on disk, and there is no memory to make it resident."""
+    for cluster in range(MIB // CLUSTER):
+        slow.put(cluster, random.Random(cluster).randbytes(CLUSTER))
+    budget = slow.device.budget
+    budget.attach(lambda: None)
+    budget.set_overhead(budget.limit_pages - budget.used_pages - budget.wake_below)
+    while budget.free_pages > budget.wake_below:
+        budget.take(1)
+    return slow
+
+
+@pytest.mark.parametrize("step", [PAGE, CLUSTER])
+async def test_a_client_that_reads_in_order_has_each_image_read_once(
+    full: SlowDisk, fetcher: Fetcher, step: int
+) -> None:
+    await read_in_order(full, fetcher, ReadAhead(fetcher), step, MIB)
+    assert full.loads <= MIB // CLUSTER + 1  # the first one before it was known that the client goes on
+    assert full.device.resident_pages == 0
+
+
+async def test_what_comes_next_is_read_while_the_client_has_not_asked_for_it(full: SlowDisk, fetcher: Fetcher) -> None:
+    ahead = ReadAhead(fetcher)
+    await read_in_order(full, fetcher, ahead, CLUSTER, 3 * CLUSTER)
+    await begun(full, 3 + 4)  # the window has doubled once
+    assert full.loads == 3 + 4
+    images = fetcher.at_hand(full.device, 3 * CLUSTER, 4 * CLUSTER)
+    assert images
+    assert list(images) == [3]
+
+
+async def test_a_client_that_jumps_about_has_nothing_read_ahead(full: SlowDisk, fetcher: Fetcher) -> None:
+    ahead = ReadAhead(fetcher)
+    for loads, cluster in enumerate((7, 3, 9, 1, 5), 1):
+        ahead.follow(full.device, cluster * CLUSTER, (cluster + 1) * CLUSTER)
+        await fetcher.gather(full.device, cluster * CLUSTER, (cluster + 1) * CLUSTER)
+        assert full.loads == loads
+
+
+async def test_an_image_that_was_read_ahead_is_forgotten_when_its_cluster_is_written(
+    full: SlowDisk, fetcher: Fetcher
+) -> None:
+    ahead = ReadAhead(fetcher)
+    await read_in_order(full, fetcher, ahead, CLUSTER, 2 * CLUSTER)
+    await begun(full, 4)
+    full.device.budget.set_limit(128 * MIB)
+    full.put(3, NEW)
+    assert joined(await fetcher.gather(full.device, 3 * CLUSTER, 4 * CLUSTER)) == NEW
+
+
+async def test_a_disk_that_fails_ahead_of_the_client_fails_nobody_who_does_not_come(
+    full: SlowDisk, fetcher: Fetcher
+) -> None:
+    ahead = ReadAhead(fetcher)
+    await read_in_order(full, fetcher, ahead, CLUSTER, CLUSTER)
+    full.error = OSError(errno.EIO, "a bad block")
+    ahead.follow(full.device, CLUSTER, 2 * CLUSTER)
+    await begun(full, 4)
+    while fetcher.is_reading(full.device):
+        await asyncio.sleep(0.001)
+    full.error = None
+    await read_in_order(full, fetcher, ReadAhead(fetcher), CLUSTER, MIB)
