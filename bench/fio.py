@@ -1,6 +1,7 @@
 """One fio job against one server, through fio's nbd engine; what came out of it."""
 
 import json
+import os
 import shutil
 import subprocess
 import tempfile
@@ -46,8 +47,8 @@ class Outcome:
     client_cores: float  # CPU time of fio per second of the job: 1.0 is one core full
 
 
-def run(job: Job, uri: str, seconds: float) -> Outcome:
-    """Run `job` for that long."""
+def run(job: Job, uri: str, seconds: float, home: str = "") -> Outcome:
+    """Run `job` for that long. libnbd looks in `home`, if there is one, for its certificates."""
     arguments = [
         f"--rw={job.rw}",
         f"--bs={job.block}",
@@ -60,7 +61,7 @@ def run(job: Job, uri: str, seconds: float) -> Outcome:
         f"--runtime={seconds * 1000:.0f}ms",
         *job.options,
     ]
-    return _outcome(job, _fio(job.name, uri, arguments, seconds + _GRACE_S))
+    return _outcome(job, _fio(job.name, uri, arguments, seconds + _GRACE_S, home))
 
 
 def fill(uri: str, span: str = "1g") -> None:
@@ -79,7 +80,7 @@ def fill(uri: str, span: str = "1g") -> None:
     _fio("fill", uri, arguments, _FILL_TIMEOUT_S)
 
 
-def _fio(name: str, uri: str, arguments: list[str], limit_s: float) -> dict[str, Any]:
+def _fio(name: str, uri: str, arguments: list[str], limit_s: float, home: str = "") -> dict[str, Any]:
     """The JSON of fio's only job, or group of jobs."""
     if not shutil.which("fio"):
         raise BenchError("fio is not installed")
@@ -101,7 +102,8 @@ def _fio(name: str, uri: str, arguments: list[str], limit_s: float) -> dict[str,
             *arguments,
         ]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
+            environment = {**os.environ, "HOME": home} if home else None
+            done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, env=environment)
         except subprocess.TimeoutExpired:
             raise BenchError(f"fio did not finish {name!r} within {limit_s:.0f} s") from None
         text = report.read_text() if report.exists() else ""

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final, Self
@@ -144,11 +144,19 @@ def running(servers: Iterable[Server]) -> Iterator[list[Server]]:
         yield [stack.enter_context(server) for server in servers]
 
 
+def free_port() -> int:
+    """A TCP port of loopback that nobody uses at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 def socket_in(directory: Path) -> Path:
     return directory / "socket"
 
 
-def nbdram(exports: Mapping[str, str], memory: str = "4G", name: str = "nbdram") -> Server:
+def nbdram(exports: Mapping[str, str], memory: str = "4G", name: str = "nbdram", options: Sequence[str] = ()) -> Server:
     """Ours; `exports` are names and sizes, as in {"ram": "1G"}."""
 
     def argv(directory: Path) -> list[str]:
@@ -156,7 +164,7 @@ def nbdram(exports: Mapping[str, str], memory: str = "4G", name: str = "nbdram")
         command += ["--listen", f"unix:{socket_in(directory)}"]
         for export, size in exports.items():
             command += ["--export", f"{export}={size}"]
-        return command
+        return [*command, *options]
 
     return Server(name, argv, announces="nbd+unix://")
 

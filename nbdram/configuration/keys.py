@@ -285,6 +285,13 @@ KEYS: Final = (
         running=True,
     ),
     Key(
+        "limits.newcomers",
+        number(0, 1_000_000),
+        str(_LIMITS.newcomers),
+        "New connections a second, half as many where TLS is on; when they get short, one an address. 0: no limit.",
+        running=True,
+    ),
+    Key(
         "limits.handshake_timeout",
         duration(600, least_s=0.1),
         "10s",

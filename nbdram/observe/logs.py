@@ -29,6 +29,8 @@ EVENTS: Final[dict[str, tuple[str, ...]]] = {
     "not changed: %s": ("reload_incomplete", "reason"),
     "these settings need a restart: %s": ("restart_needed", "settings"),
     "%d connections: more are turned away": ("connections_full", "connections"),
+    "more than %d connections a second: some are turned away": ("newcomers_too_fast", "limit"),
+    "nobody can be let in: %s": ("accept_failed", "reason"),
     "%s: the data at offset %d is lost: %s": ("data_lost", "export", "offset", "reason"),
     "the memory budget is used up, and nothing more can be compressed": ("memory_full",),
     "reclaim had an error and goes on: %r": ("reclaim_error", "error"),

@@ -74,6 +74,7 @@ class Failure(StrEnum):
     LATE = "late"
     CROWDED_OUT = "crowded_out"  # by newer ones, when there were too many
     TURNED_AWAY = "turned_away"  # there were too many connections
+    TOO_FAST = "too_fast"  # they came faster than the limit, and this address had had its share
     MALFORMED = "malformed"
     TOO_MANY_OPTIONS = "too_many_options"
     UNKNOWN_EXPORT = "unknown_export"

@@ -33,7 +33,7 @@ from nbdram.config import Limits
 from nbdram.memory.device import Device, FarPage
 from nbdram.memory.fetch import Fetcher
 from nbdram.memory.incoming import Incoming
-from nbdram.memory.layout import CLUSTER, CLUSTER_SHIFT, IDLE, RESIDENT_AND_DIRTY_MASKS, RESIDENT_MASKS, TOUCHED
+from nbdram.memory.layout import CLUSTER, CLUSTER_SHIFT, IDLE, PAGE, RESIDENT_AND_DIRTY_MASKS, RESIDENT_MASKS, TOUCHED
 from nbdram.memory.readahead import ReadAhead
 from nbdram.memory.space import Copies
 from nbdram.protocol import wire
@@ -61,8 +61,13 @@ WRITE_WAIT_S: Final = 20.0
 # A WRITE of at least this much is received straight into `hot`; below, one recv of many requests wins.
 DIRECT_BYTES: Final = 64 * 1024
 RECEIVE_BYTES: Final = 256 * 1024
-# The default of 208 KiB holds less than one batch at queue depth 64: 1 MiB gave 256K reads 1.5 times the rate.
+# 208 KiB, the default of Unix sockets, hold less than one batch at queue depth 64: 1 MiB gave 256K reads 1.5 times the
+# rate. It is the kernel's memory, up to twice as much of it, so it is for those who have been seen to read what they
+# had to wait for, and no more of them than make up this share of the budget. TCP would take 4 MiB by itself.
 SEND_BUFFER_BYTES: Final = 1024 * 1024
+_FIRST_SEND_BUFFER_BYTES: Final = 104 * 1024
+_SEND_BUFFERS_SHARE: Final = 16
+_MIN_SEND_BUFFERS: Final = 8
 # What one batch may hold: writev takes 1024 buffers, and a copy of its views must stay affordable.
 _MAX_BUFFERS: Final = 1000
 _MAX_BATCH_BYTES: Final = 4 * 1024 * 1024
@@ -75,6 +80,7 @@ _MAX_COPIED_BYTES: Final = 256 * 1024
 _LINGER_S: Final = 0.0005
 _SPIN_S: Final = 40e-6
 _ALONE_BATCHES: Final = 32  # so many in a row from one connection make it the only one
+_LAST_LOOK_S: Final = 0.01  # when the server stops, at what a stalled client has sent meanwhile
 # Replies to large WRITEs wait until so many are there, or nothing more has come in.
 _MAX_DONE: Final = 4
 
@@ -95,6 +101,7 @@ class Service:
         self.exports = exports
         self.connections: set[Connection] = set()
         self.haggling: dict[Connection, None] = {}  # those in the handshake phase, the oldest first
+        self.roomy: set[Connection] = set()  # those with a large send buffer
         self.limits = Limits()
         self.max_connections = self.limits.connections
         self._full = False
@@ -129,8 +136,18 @@ class Service:
         self.haggling[connection] = None
         return True
 
+    def grants_room(self, connection: "Connection") -> bool:
+        """Whether this connection gets a large send buffer now, and counts as one that has it."""
+        together = self.exports.budget.limit_pages * PAGE // _SEND_BUFFERS_SHARE
+        most = max(_MIN_SEND_BUFFERS, together // (2 * SEND_BUFFER_BYTES))
+        if connection in self.roomy or len(self.roomy) >= most:
+            return False
+        self.roomy.add(connection)
+        return True
+
     def forget(self, connection: "Connection") -> None:
         self.connections.discard(connection)
+        self.roomy.discard(connection)
         self.haggling.pop(connection, None)
 
 
@@ -205,6 +222,7 @@ class Connection(asyncio.BufferedProtocol):
         self._hunger: asyncio.TimerHandle | None = None
         self._closing = False  # by DISC, or because the server stops
         self._ended = False  # nothing more is taken: the client has closed its sending side, or the server stops
+        self._finishing = False  # the server stops, and this client was stalled then
         self._lost = False
 
     # -- asyncio's calls -----------------------------------------------------------------------------
@@ -979,6 +997,9 @@ class Connection(asyncio.BufferedProtocol):
                 unsent[0] = unsent[0][sent:]
             return
         self._loop.remove_writer(self._writer_fd)
+        if self._service.grants_room(self):
+            sock = self._transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         if self.device is not None and not self._later:
             self.device.senders.discard(self)
         self._wake_drained()
@@ -1022,6 +1043,8 @@ class Connection(asyncio.BufferedProtocol):
                 self._parse(len(held))
             if not (self._stalled or self._closing or (self._ended and self._incoming is None)):
                 self._transport.resume_reading()
+                if self._finishing:
+                    self._loop.call_later(_LAST_LOOK_S, self.finish)
         self._close_if_idle()
 
     def close_when_idle(self) -> None:
@@ -1031,6 +1054,10 @@ class Connection(asyncio.BufferedProtocol):
 
     def finish(self) -> None:
         """The server stops: answer what has come in, and a WRITE that is coming in just now; then hang up."""
+        if self._stalled:  # more may have come in, and is not received yet
+            self._finishing = True
+            self._close_if_idle()
+            return
         self._ended = True
         if self._incoming is None:
             self._transport.pause_reading()
@@ -1052,7 +1079,7 @@ def _peer_name(transport: _Transport) -> str:
 
 
 def _tune(sock: Any) -> None:
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _FIRST_SEND_BUFFER_BYTES)
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # A client whose machine is gone would stay for ever: ask after a minute of silence, give up after another.

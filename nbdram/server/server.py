@@ -39,6 +39,7 @@ from nbdram.protocol.handshake import TlsPolicy
 from nbdram.server import notify
 from nbdram.server.admin import Admin
 from nbdram.server.connection import Connection, Service
+from nbdram.server.doors import Door
 from nbdram.server.exports import Exports
 from nbdram.server.listeners import open_listeners, unlink_if_ours
 from nbdram.server.quiet import hang_up_on_the_quiet
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("nbdram.server")
 
 DRAIN_TIMEOUT_S: Final = 5.0
-_BACKLOG: Final = 512
 _SWEEP_REMOTE_S: Final = 1.0
 _SPARE_FILES: Final = 16  # for those who look at the server
 # What a state directory's file system keeps free besides the budget, for what reclaim stores before it gives back.
@@ -85,7 +85,7 @@ class Server:
         self.service.write_wait_s = settings.write_wait_s
         self.admin: Admin = Admin(self)
         self.endpoints: list[Endpoint] = []
-        self._servers: list[asyncio.AbstractServer] = []
+        self._doors: list[Door] = []
         self._control: ControlServer | None = None
         self.lag: LoopLag = LoopLag()
         self.ready: bool = False  # all is set up, and nobody has asked us to stop
@@ -117,7 +117,7 @@ class Server:
             if self.remote:
                 self._remote_sweeper = asyncio.create_task(self._sweep_remote(self.remote))
             for endpoint in self.settings.listen:
-                await self._listen(endpoint)
+                self._listen(endpoint)
             self._control = self._open_control()
             self.limit_connections()
             self._quiet = asyncio.create_task(hang_up_on_the_quiet(self.service))
@@ -184,19 +184,18 @@ class Server:
                 while self.exports.get(export.name) is export and next(steps, steps) is not steps:
                     await asyncio.sleep(0 if remote.can_drop() else 0.01)
 
-    async def _listen(self, endpoint: Endpoint) -> None:
-        loop = asyncio.get_running_loop()
+    def _listen(self, endpoint: Endpoint) -> None:
         for sock in open_listeners(endpoint, allow_plaintext=self.settings.plaintext_may_listen):
             if sock.family == socket.AF_UNIX:
                 path = sock.getsockname()
                 if endpoint.path:
                     self._socket_files.append((path, os.lstat(path).st_ino))
                 self.endpoints.append(Endpoint(path=path))
-                self._servers.append(await loop.create_unix_server(self._connect_local, sock=sock, backlog=_BACKLOG))
+                self._doors.append(Door(sock, self.service, self._connect_local, tls=False))
             else:
                 host, port = sock.getsockname()[:2]
                 self.endpoints.append(Endpoint(host=host, port=port))
-                self._servers.append(await loop.create_server(self._connect, sock=sock, backlog=_BACKLOG))
+                self._doors.append(Door(sock, self.service, self._connect, tls=bool(self.settings.tls)))
 
     async def _follow_pressure(self) -> None:
         path = pressure_file()
@@ -252,8 +251,9 @@ class Server:
         if self._control:
             self._control.stop()
             self._control = None
-        for server in self._servers:
-            server.close()
+        doors, self._doors = self._doors, []
+        for door in doors:
+            await door.close()
         for path, inode in self._socket_files:
             unlink_if_ours(path, inode)
         for _ in range(2):  # requests that wait in the sockets have been sent before: read them

@@ -77,6 +77,7 @@ def test_everything_can_be_said_in_the_file(loading: Loader, tmp_path: Path) -> 
         requests_in_flight = 7
         idle_timeout = "2h"
         stall_timeout = "off"
+        newcomers = 8
         [access]
         networks = ["10.0.0.0/8"]
         [exports.one]
@@ -98,7 +99,7 @@ def test_everything_can_be_said_in_the_file(loading: Loader, tmp_path: Path) -> 
     assert (settings.write_wait_s, settings.metrics, settings.metrics_required) == (1.5, None, True)
     assert (settings.same_host, settings.log_format, settings.verbose) == (True, "json", True)
     assert settings.tls == TlsSettings(made.server, made.server_key, made.ca)
-    assert settings.limits == Limits(10, 5, 2.0, 7, 7200.0, 0.0)
+    assert settings.limits == Limits(10, 5, 2.0, 7, 7200.0, 0.0, 8)
     assert settings.default_rules == networks
     one, two = settings.exports
     assert one == ExportSettings("one", GIB, rules=Rules(networks=networks.networks, iops=5))
