@@ -43,7 +43,7 @@ class Budget:
         self.wake_below = 0
         self.stop_above = 0
         self.reclaim: Callable[[], None] | None = None
-        self.hopeful = False
+        self._given_up_at: int | None = None  # with so much free
         self._queue: dict[object, _Waiter] = {}
         self._serving: object = None  # whose turn it is
         self._taken = 0  # in this turn
@@ -77,7 +77,6 @@ class Budget:
     def attach(self, reclaim: Callable[[], None]) -> None:
         """From now on `reclaim` is called when memory gets short."""
         self.reclaim = reclaim
-        self.hopeful = True
         self._mark()
 
     @property
@@ -85,11 +84,30 @@ class Budget:
         """What reclaim should make free: also enough for what was last refused, however small the budget is."""
         return max(self.stop_above, self._refused + self.reserve_pages)
 
+    @property
+    def hopeful(self) -> bool:
+        """Whether it is worth waiting for memory: also if some was taken since reclaim gave up: that is new."""
+        return self.reclaim is not None and (self._given_up_at is None or self.free_pages < self._given_up_at)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it is for more than the comfort of READs that reclaim is wanted."""
+        return self.free_pages < self.wake_below or self._refused > 0
+
+    def satisfied(self) -> None:
+        """Reclaim has reached its goal."""
+        self._refused = 0
+        self.freed()
+
     def give_up(self) -> None:
         """There is nothing left to reclaim: those who wait, and those who come until there is hope, get ENOSPC."""
-        self.hopeful = False
+        self._given_up_at = self.free_pages
         self._refused = 0
         self.freed(everyone=True)
+
+    def hope(self) -> None:
+        """Reclaim is willing to look again."""
+        self._given_up_at = None
 
     @property
     def used_pages(self) -> int:

@@ -47,6 +47,7 @@ from nbdram.memory.layout import (
 )
 from nbdram.memory.mailbox import Mailbox
 from nbdram.memory.space import cold_reference
+from nbdram.memory.verdict import Verdict
 
 log = logging.getLogger("nbdram.reclaim")
 
@@ -103,6 +104,7 @@ class Reclaimer:
         self._workers = ThreadPoolExecutor(1, thread_name_prefix="nbdram-compress")
         self._wanted = asyncio.Event()
         self._complained = False
+        self._verdict = Verdict()
         self._gains = 0  # clusters that were reclaimed, or that could have been if nobody had touched them
         self._surprises: set[type[BaseException]] = set()  # those that were logged since all went well
         self._mailbox = Mailbox()
@@ -133,7 +135,9 @@ class Reclaimer:
             except Exception as error:  # too many open files, say
                 self._surprised(error)
             free = self._budget.free_pages
-            if free < self._budget.wake_below:
+            if free >= self._budget.wake_below:
+                self._verdict.lift()
+            elif not self._verdict.stands(free):
                 self._wanted.set()
 
     def _measure(self) -> None:
@@ -152,18 +156,21 @@ class Reclaimer:
                 continue
             if balanced:
                 self._complained = False
+                self._verdict.lift()
                 self._surprises.clear()
-                self._budget.freed()
+                self._budget.satisfied()
                 continue
-            if self._budget.free_pages >= self._budget.wake_below:  # wanted for READs only, which can do without
+            if not self._budget.is_short:  # READs can do without
                 await asyncio.sleep(_VERDICT_S)
                 continue
             if not self._complained:
                 log.warning("the memory budget is used up, and nothing more can be compressed")
             self._complained = True
+            self._wanted.clear()  # whoever has wanted it up to now has the answer
+            self._verdict.pass_on(self._budget.free_pages)
             self._budget.give_up()
             await asyncio.sleep(_VERDICT_S)
-            self._budget.hopeful = True
+            self._budget.hope()
 
     def _surprised(self, error: BaseException) -> None:
         """Rule 6."""
@@ -216,9 +223,14 @@ class Reclaimer:
     def _pick(self, *, images: bool) -> tuple[list[_Job], bool]:
         """The next victims that need a worker (the others are dealt with), and whether the hand came round."""
         jobs: list[_Job] = []
+        devices = self._devices()
+        # Of images there may be very many: those that have nowhere to go are not looked through.
+        movable = [device for device in devices if device.has_far_room()] if images else []
         for _ in range(BATCH):
-            clock = self._image_clock if images and not jobs else self._clock
-            victims, came_round = clock.take(self._devices(), BATCH - len(jobs))
+            if images and not jobs:
+                victims, came_round = self._image_clock.take(movable, BATCH)
+            else:
+                victims, came_round = self._clock.take(devices, BATCH - len(jobs))
             for device, cluster in victims:
                 if cluster in device.reclaiming or any(i.covers(cluster) for i in device.incoming):
                     continue

@@ -124,7 +124,7 @@ class Rig:
                 if self.budget.hopeful:
                     self.budget.give_up()
                 else:
-                    self.budget.hopeful = True
+                    self.budget.hope()
             case "shrink budget" | "grow budget":
                 self.stand.shrink(TIGHT // 2 if step.kind == "shrink budget" else ROOMY)
             case "finish":

@@ -100,7 +100,7 @@ class Stand:
         self.service.fetcher._readers = _at_once  # type: ignore[assignment]
 
     def ready(self, program: Program) -> None:
-        self.budget.hopeful = True
+        self.budget.hope()
         self.budget.set_limit(self.budget.overhead_pages * PAGE + (TIGHT if program.is_tight else ROOMY))
         self.service.batches = self.service.served_since = 0
         self.service.last_served = None

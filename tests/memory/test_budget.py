@@ -132,6 +132,20 @@ def test_when_there_is_no_hope_everyone_hears_it(budget: Budget) -> None:
     assert budget.waiting == 0
 
 
+def test_what_was_taken_since_reclaim_gave_up_gives_hope(budget: Budget) -> None:
+    """It is new, and may be compressed: giving up was about what was there before."""
+    budget.give(100)
+    budget.give_up()
+    assert not budget.hopeful
+    budget.take(1)
+    assert budget.hopeful
+    budget.give_up()
+    budget.give(100)
+    assert not budget.hopeful
+    budget.hope()
+    assert budget.hopeful
+
+
 def test_a_raised_limit_is_heard(budget: Budget) -> None:
     waiting = writers(budget, 256)
     budget.set_limit(2 * LIMIT * PAGE)

@@ -5,13 +5,14 @@ import errno
 import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 import lz4.block
 import pytest
 
-from nbdram.memory import reclaim
+from nbdram.memory import reclaim, verdict
 from nbdram.memory.budget import Budget
 from nbdram.memory.device import Device
 from nbdram.memory.layout import Reference, Tier
@@ -278,3 +279,113 @@ async def test_what_is_read_again_takes_the_place_of_what_is_not_though_the_budg
                 return all(device.is_resident(page, page + PAGE) for page in pages)
 
             await eventually(all_resident)
+
+
+class Looks:
+    """How often reclaim has looked for victims, and the process was measured; the latter as often as can be."""
+
+    def __init__(self, reclaimer: Reclaimer, patch: pytest.MonkeyPatch) -> None:
+        self.taken = self.found = self.measured = self.overhead = self.verdicts = 0
+        for clock in (reclaimer._clock, reclaimer._image_clock):
+            patch.setattr(clock, "take", partial(self._take, clock.take))
+        patch.setattr(reclaimer._verdict, "pass_on", partial(self._judge, reclaimer._verdict.pass_on))
+        patch.setattr(reclaim, "anonymous_bytes", self._measure)
+        patch.setattr(reclaim, "_MEASURE_S", 0.0)
+        patch.setattr(reclaim, "_MEASURE_BUSY_S", 0.0)
+
+    def _take(self, real: Callable[..., Any], *arguments: Any) -> Any:
+        self.taken += 1
+        victims, came_round = real(*arguments)
+        self.found += len(victims)
+        return victims, came_round
+
+    def _judge(self, real: Callable[..., Any], free: int) -> None:
+        self.verdicts += 1
+        real(free)
+
+    def _measure(self) -> int:
+        self.measured += 1
+        return self.overhead
+
+    async def while_idle(self) -> int:
+        """How often it looks while a long time passes, as reclaim counts it."""
+        taken, until = self.taken, self.measured + 500
+        await eventually(lambda: self.measured >= until)
+        return self.taken - taken
+
+
+async def test_a_full_server_that_nobody_uses_looks_for_memory_once_and_not_all_the_time(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = random.Random(1).randbytes(CLUSTER)
+    monkeypatch.setattr(verdict, "_FIRST_S", 1000.0)
+    monkeypatch.setattr(reclaim, "_VERDICT_S", 0.0)
+    async with reclaiming(device) as reclaimer:
+        looks = Looks(reclaimer, monkeypatch)
+        budget = device.budget
+
+        async def looks_once(work: Callable[[], object]) -> None:
+            before = looks.verdicts
+            work()
+            await eventually(lambda: looks.verdicts > before and budget.hopeful)
+            assert budget.free_pages < budget.wake_below
+            assert await looks.while_idle() == 0
+
+        def fill() -> None:
+            for cluster in range(LIMIT // CLUSTER - 5):
+                device.write(cluster * CLUSTER, noise)
+
+        def be_refused() -> None:
+            with pytest.raises(OSError, match="budget"):
+                device.write(COUNT * CLUSTER, noise)
+
+        def grow() -> None:
+            looks.overhead += MIB // 4
+
+        await looks_once(fill)
+        await looks_once(grow)
+        await looks_once(be_refused)
+        budget.set_limit(4 * LIMIT)
+        await looks.while_idle()
+        await looks_once(lambda: budget.set_limit(LIMIT))  # as short as it was, but a new case
+
+
+async def test_images_that_have_nowhere_to_go_are_not_looked_through(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be a million of them."""
+    async with reclaiming(device) as reclaimer:
+        device.budget.set_limit(LIMIT // 8)
+        looks = Looks(reclaimer, monkeypatch)
+        cluster = 0
+        while device.budget.hopeful:
+            with suppress(OSError):
+                device.write(cluster * CLUSTER, text(cluster))
+                cluster += 1
+            await asyncio.sleep(0)
+        assert device.cold_clusters > 64
+        device.budget.set_limit(LIMIT // 16)
+        found = looks.found
+        assert await reclaimer._balance() is False
+        assert looks.found - found < 16
+
+
+def test_a_verdict_is_believed_longer_each_time_until_it_is_lifted(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("nbdram.memory.verdict.time.monotonic", lambda: now)
+    judge = verdict.Verdict()
+    assert not judge.stands(0)
+    pauses = []
+    for _ in range(10):
+        judge.pass_on(50)
+        begun = now
+        while judge.stands(50):
+            now += 0.25
+        pauses.append(now - begun)
+    assert pauses == [0.5, 1, 2, 4, 8, 16, 32, 60, 60, 60]
+    judge.lift()
+    judge.pass_on(50)
+    assert judge.stands(50)
+    assert not judge.stands(49), "there is less than it was about"
+    now += 0.5
+    assert not judge.stands(50)
