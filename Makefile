@@ -70,6 +70,14 @@ soak: MINUTES ?= 60
 soak: packages-test .venv/test-ready
 	$(BIN)/python -m tests.soak --minutes $(MINUTES)
 
+# Faults under load, one after the other; docs/chaos.md.
+.PHONY: chaos
+chaos: packages-chaos .venv/test-ready
+	$(BIN)/python -m tests.chaos $(CHAOS_ARGS)
+
+packages-chaos:
+	@deploy/need-packages $(TEST_PACKAGES) faketime
+
 # Inputs that nobody thought of, for so many minutes, going on where the last run ended; docs/fuzzing.md.
 .PHONY: fuzz
 fuzz: MINUTES ?= 10

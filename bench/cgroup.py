@@ -54,6 +54,11 @@ class MemoryLimit:
                 return
             time.sleep(0.02)
 
+    @property
+    def directory(self) -> Path:
+        """The group itself."""
+        return self._directory
+
     def add(self, pid: int) -> None:
         (self._directory / "cgroup.procs").write_text(str(pid))
 

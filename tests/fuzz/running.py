@@ -62,6 +62,7 @@ class Fuzzing:
             f"-max_len={target.longest}",
             "-len_control=20",
             f"-timeout={_EXECUTION_S}",
+            f"-report_slow_units={_EXECUTION_S}",
             f"-rss_limit_mb={_MEMORY_MIB}",
             f"-artifact_prefix={self.findings}/{target.name}-",
             "-print_final_stats=1",

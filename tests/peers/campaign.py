@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from nbdram.protocol.wire import Command
-from tests.helpers import PAGE, Client, Running
+from tests.helpers import PAGE, Answer, Client, Running
 
 _KINDS = [Command.WRITE, Command.READ, Command.TRIM, Command.WRITE_ZEROES]
 _SHARES = [10, 4, 1, 1]
@@ -57,7 +57,9 @@ class Writer:
         client.writer.write(requests)
         for _ in range(pending):
             ((cookie, answer),) = (await client.replies(1)).items()
-            assert answer.error == 0, answer
+            if answer.error:
+                self.refused(cookie, answer)
+                continue
             if self.in_doubt[cookie].command == Command.TRIM:
                 trims.append(cookie)
                 continue
@@ -70,6 +72,10 @@ class Writer:
         for cookie in trims:
             await self._look_at_trimmed(client, self.in_doubt[cookie])
             del self.in_doubt[cookie]
+
+    def refused(self, cookie: int, answer: Answer) -> None:
+        """A request was answered with an error, which must not be."""
+        raise AssertionError(f"{self.in_doubt[cookie].command.name}: {answer}")
 
     async def _look_at_trimmed(self, client: Client, change: Change) -> None:
         """Where memory is short, a page of a cold cluster may be left as it was; from here on it stays what it is."""
