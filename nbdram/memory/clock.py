@@ -16,11 +16,8 @@ if TYPE_CHECKING:
 # How many clusters a hand looks at in one go: some tens of microseconds.
 _SLICE: Final = 1 << 16
 
+# Each state without its second chance is the one before it.
 _SECOND_CHANCES = bytes((Reference.TOUCHED, Reference.COLD_TOUCHED, Reference.FAR_TOUCHED, Reference.REMOTE_TOUCHED))
-_AGED = bytes.maketrans(
-    _SECOND_CHANCES,
-    bytes((Reference.IDLE, Reference.COLD, Reference.FAR, Reference.REMOTE)),
-)
 _FREED = bytes.maketrans(bytes((Reference.STUCK,)), bytes((Reference.IDLE,)))
 
 Victim = tuple["Device", int]  # a device and one of its clusters
@@ -29,12 +26,13 @@ Victim = tuple["Device", int]  # a device and one of its clusters
 class Clock:
     """One hand over all devices, that stops at clusters whose reference byte is `wanted`.
 
-    Clusters that it passes lose their second chance (touched becomes idle) if it `ages`.
+    Clusters that it passes lose their second chance (touched becomes idle) if it `ages` their state.
     """
 
-    def __init__(self, wanted: Reference, *, ages: bool) -> None:
+    def __init__(self, wanted: Reference, *, ages: bytes = _SECOND_CHANCES) -> None:
         self._wanted = bytes((wanted,))
         self._ages = ages
+        self._aged = bytes.maketrans(ages, bytes(state - 1 for state in ages))
         self._device = 0
         self._cluster = 0
         self.aged = 0  # clusters that have lost their second chance
@@ -64,8 +62,8 @@ class Clock:
             # What is being compressed keeps its mark of a touch: reclaim looks for it when the image is there.
             touched = [cluster for cluster in device.reclaiming if references[cluster] == Reference.TOUCHED]
             passed = references[start:stop]
-            self.aged += sum(map(passed.count, _SECOND_CHANCES)) - len(touched)
-            aged = passed.translate(_AGED)
+            self.aged += sum(map(passed.count, self._ages)) - len(touched)
+            aged = passed.translate(self._aged)
             if device.has_far_room():  # what would not compress had to stay while there was none
                 aged = aged.translate(_FREED)
             references[start:stop] = aged

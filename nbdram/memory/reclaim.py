@@ -79,6 +79,7 @@ class ReclaimCounters:
         self.zeros = 0
         self.incompressible = 0
         self.demoted = 0
+        self.moved_on = 0  # by `moving.py`
         self.thrown_away = 0
 
 
@@ -99,8 +100,8 @@ class Reclaimer:
         self.counters = ReclaimCounters()
         self._budget = budget
         self._devices = devices
-        self._clock = Clock(Reference.IDLE, ages=True)
-        self._image_clock = Clock(Reference.COLD, ages=True)
+        self._clock = Clock(Reference.IDLE)
+        self._image_clock = Clock(Reference.COLD)
         self._workers = ThreadPoolExecutor(1, thread_name_prefix="nbdram-compress")
         self._wanted = asyncio.Event()
         self._complained = False

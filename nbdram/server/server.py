@@ -24,6 +24,7 @@ from nbdram.config import (
 from nbdram.errors import NbdramError
 from nbdram.memory.budget import Budget
 from nbdram.memory.layout import PAGE
+from nbdram.memory.moving import Mover
 from nbdram.memory.pressure import INTERVAL_S, AutoBudget, pressure_file
 from nbdram.memory.reclaim import Reclaimer
 from nbdram.memory.recovery import sweep, sweep_remote
@@ -98,6 +99,7 @@ class Server:
         self._sweeper: asyncio.Task[None] | None = None
         self._quiet: asyncio.Task[None] | None = None
         self._remote_sweeper: asyncio.Task[None] | None = None
+        self._mover: Mover | None = None
         self._socket_files: list[tuple[str, int]] = []
 
     async def start(self) -> None:
@@ -115,6 +117,9 @@ class Server:
             self.reclaimer.start()
             self._sweeper = asyncio.create_task(self._sweep())
             if self.remote:
+                if self.areas:
+                    self._mover = Mover(self.exports.devices, self.reclaimer.counters)
+                    self._mover.start()
                 self._remote_sweeper = asyncio.create_task(self._sweep_remote(self.remote))
             for endpoint in self.settings.listen:
                 self._listen(endpoint)
@@ -270,6 +275,8 @@ class Server:
             await self.service.tls.stop()
             self.service.tls = None
         await self.reclaimer.stop()
+        if self._mover:
+            await self._mover.stop()
         for sweeper in (self._sweeper, self._remote_sweeper):
             if sweeper:
                 sweeper.cancel()
