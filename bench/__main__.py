@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NoReturn
 
-from bench import abuse, curves, host, paging, publish, remote, report, scale, serving
+from bench import abuse, big, curves, host, paging, publish, remote, report, scale, serving
 from bench.errors import BenchError, NoMatch
 from bench.options import Found, Options
 from bench.servers import PEERS
@@ -18,6 +18,7 @@ from nbdram.errors import UsageError
 SECTIONS: Final[Mapping[str, Callable[[Options], Found]]] = {
     "serving": serving.run,
     "paging": paging.run,
+    "big": big.run,
     "scale": scale.run,
     "remote": remote.run,
     "curves": curves.run,

@@ -13,6 +13,7 @@ from bench.errors import BenchError
 
 _GRACE_S: Final = 60.0  # on top of a job's own time, until fio counts as hung
 _FILL_TIMEOUT_S: Final = 300.0
+_LEAST_BYTES_PER_S: Final = 20e6
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,22 @@ def fill(uri: str, span: str = "1g") -> None:
         "--buffer_compress_percentage=50",
     ]
     _fio("fill", uri, arguments, _FILL_TIMEOUT_S)
+
+
+def fill_or_verify(uri: str, size: int, *, verify: bool) -> None:
+    """Write the first `size` bytes with checksums in them, half of it compressible; or read and verify all of it."""
+    arguments = [
+        "--rw=" + ("read" if verify else "write"),
+        "--bs=64k",  # so that half of each cluster can be compressed away: fio fills the first half of a block
+        "--iodepth=32",
+        f"--size={size}",
+        "--verify=crc32c",
+        f"--do_verify={verify:d}",
+        "--verify_fatal=1",
+        "--refill_buffers=1",
+        "--buffer_compress_percentage=50",
+    ]
+    _fio("verify" if verify else "fill", uri, arguments, _GRACE_S + size / _LEAST_BYTES_PER_S)
 
 
 def _fio(name: str, uri: str, arguments: list[str], limit_s: float, home: str = "") -> dict[str, Any]:

@@ -31,15 +31,15 @@ class Paged(Server):
 
 
 class Nbdram(Paged):
-    """Ours, without a disk; `exports` are names and sizes, as in {"ram": "768M"}."""
+    """Ours, without a disk unless `more` says so; `exports` are names and sizes, as in {"ram": "768M"}."""
 
-    def __init__(self, exports: Mapping[str, str], budget: int, name: str = "nbdram") -> None:
+    def __init__(self, exports: Mapping[str, str], budget: int, name: str = "nbdram", more: Sequence[str] = ()) -> None:
         def argv(directory: Path) -> list[str]:
             command = [sys.executable, "-m", "nbdram", "serve", "--memory", str(budget)]
             command += ["--listen", f"unix:{socket_in(directory)}", "--control", str(directory / "control")]
             for export, size in exports.items():
                 command += ["--export", f"{export}={size}"]
-            return command
+            return [*command, *more]
 
         super().__init__(name, argv, announces="nbd+unix://")
 
