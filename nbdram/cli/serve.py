@@ -10,6 +10,7 @@ from nbdram.client.resident import stay_out_of_the_way
 from nbdram.config import DEFAULT_METRICS, ServeSettings
 from nbdram.configuration.keys import EXPORT_FLAG, KEYS
 from nbdram.configuration.loader import DEFAULT_FILE, find_file, load
+from nbdram.memory.malloc import share_one_arena
 from nbdram.observe import logs
 from nbdram.server.server import serve
 
@@ -114,6 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
     logs.set_up(settings.log_format, verbose=settings.verbose)
     if settings.same_host:
         stay_out_of_the_way()
+    share_one_arena()
     uvloop.run(serve(settings, read))
     return 0
 

@@ -16,11 +16,16 @@ from dataclasses import dataclass
 
 from nbdram.memory.layout import PAGE
 
-# Reclaim works between these shares of the budget that are in use.
-_START_SHARE = 0.97
-_STOP_SHARE = 0.95
+# Reclaim works between these shares of the budget that are free; the first is at least so many pages, but for a tiny
+# budget: images that are read, and replies that wait, may take some MiB within milliseconds.
+_START_SHARE = 0.03
+_STOP_SHARE = 0.05
+_START_PAGES = 1024
+_MOST_SHARE = 0.10
 # What writers leave for reclaim itself: images are stored before the pages that they replace are given back.
 _RESERVE_PAGES = 1024
+# When the process may have taken so much since it was measured last, for replies and images, it is measured again.
+_UNMEASURED_BYTES = 1024 * 1024
 # What may be taken in one turn, if others wait.
 _TURN_PAGES = 256
 
@@ -43,6 +48,8 @@ class Budget:
         self.wake_below = 0
         self.stop_above = 0
         self.reclaim: Callable[[], None] | None = None
+        self._measure: Callable[[], None] | None = None
+        self._unmeasured = 0  # bytes
         self._given_up_at: int | None = None  # with so much free
         self._queue: dict[object, _Waiter] = {}
         self._serving: object = None  # whose turn it is
@@ -68,15 +75,24 @@ class Budget:
         """The process takes `count` bytes more, until it is measured again."""
         self.set_overhead(self.overhead_pages + -(-count // PAGE))
 
+    def may_have_grown(self, count: int) -> None:
+        """The process holds `count` bytes more, perhaps, for as long as it takes: measured if that was much."""
+        self._unmeasured += count
+        if self._unmeasured >= _UNMEASURED_BYTES and self._measure:
+            self._unmeasured = 0
+            self._measure()
+
     def _mark(self) -> None:
         usable = max(0, self.limit_pages - self.overhead_pages)
         self.reserve_pages = min(_RESERVE_PAGES, usable // 16) if self.reclaim else 0
-        self.wake_below = int(usable * (1 - _START_SHARE)) + self.reserve_pages
-        self.stop_above = int(usable * (1 - _STOP_SHARE)) + self.reserve_pages
+        start = max(int(usable * _START_SHARE), min(_START_PAGES, int(usable * _MOST_SHARE)))
+        self.wake_below = start + self.reserve_pages
+        self.stop_above = max(int(usable * _STOP_SHARE), start * 5 // 4) + self.reserve_pages
 
-    def attach(self, reclaim: Callable[[], None]) -> None:
-        """From now on `reclaim` is called when memory gets short."""
+    def attach(self, reclaim: Callable[[], None], measure: Callable[[], None] | None = None) -> None:
+        """From now on `reclaim` is called when memory gets short, and `measure` when the process may have grown."""
         self.reclaim = reclaim
+        self._measure = measure
         self._mark()
 
     @property

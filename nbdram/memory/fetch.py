@@ -11,7 +11,9 @@ from typing import Final
 from nbdram.memory.codec import IntegrityError
 from nbdram.memory.device import Device, FarPage, Images, Piece
 from nbdram.memory.histogram import Histogram
+from nbdram.memory.holding import Holding
 from nbdram.memory.layout import (
+    CLUSTER,
     CLUSTER_SHIFT,
     LENGTH_MASK,
     LENGTH_SHIFT,
@@ -40,6 +42,7 @@ class Fetcher:
         # What is read is held in memory until it is sent: who reads much takes one of these for each part.
         self.turns = asyncio.Semaphore(_TURNS)
         self.short_turns = asyncio.Semaphore(_SHORT_TURNS)  # for reads within one cluster
+        self.holding = Holding()
         self._kept = Kept()
         self.fetched = 0
         self.times = Recent()
@@ -137,6 +140,7 @@ class Fetcher:
             source: Future[bytes] = device.remote.fetch(cluster, slot, length, on_loop=True)
         else:
             source = self._readers.submit(device.load_image, cluster, word)
+        device.budget.may_have_grown(2 * CLUSTER)  # sealed, and open
         under_way = self._mailbox.future(source)
         self._under_way[image] = (device, under_way)
         under_way.add_done_callback(done)

@@ -18,6 +18,7 @@ Runs on the event loop in small steps; only compression itself is done by worker
 
 import asyncio
 import logging
+import mmap
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -113,8 +114,8 @@ class Reclaimer:
         self._at_work: dict[asyncio.Task[None], list[_Job]] = {}
 
     def start(self) -> None:
-        self._measure()
-        self._budget.attach(self._wanted.set)
+        self._budget.set_overhead(anonymous_bytes() // PAGE)
+        self._budget.attach(self._wanted.set, self._measure)
         self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._watch())]
 
     async def stop(self) -> None:
@@ -131,18 +132,19 @@ class Reclaimer:
         while True:
             quiet = free == self._budget.free_pages
             await asyncio.sleep(_MEASURE_S if quiet else _MEASURE_BUSY_S)
-            try:
-                self._measure()
-            except Exception as error:  # too many open files, say
-                self._surprised(error)
+            self._measure()
             free = self._budget.free_pages
-            if free >= self._budget.wake_below:
-                self._verdict.lift()
-            elif not self._verdict.stands(free):
-                self._wanted.set()
 
     def _measure(self) -> None:
-        self._budget.set_overhead(anonymous_bytes() // PAGE)
+        budget = self._budget
+        try:
+            budget.set_overhead(anonymous_bytes() // PAGE)
+        except Exception as error:  # too many open files, say
+            self._surprised(error)
+        if budget.free_pages >= budget.wake_below:
+            self._verdict.lift()
+        elif not self._verdict.stands(budget.free_pages):
+            self._wanted.set()
 
     async def _run(self) -> None:
         while True:
@@ -383,8 +385,6 @@ def _content(job: _Job) -> memoryview:
 
 def anonymous_bytes() -> int:
     """This process's private memory (RssAnon), in bytes."""
-    with open("/proc/self/status", "rb") as status:
-        for line in status:
-            if line.startswith(b"RssAnon:"):
-                return int(line.split()[1]) * 1024
-    return 0
+    with open("/proc/self/statm", "rb", buffering=0) as file:
+        _, resident, shared, *_ = file.read().split()
+    return (int(resident) - int(shared)) * mmap.PAGESIZE

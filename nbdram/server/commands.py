@@ -9,12 +9,12 @@ import errno
 import mmap
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from nbdram.memory.device import FarPage, Piece
-from nbdram.memory.layout import CLUSTER, Tier
+from nbdram.memory.layout import CLUSTER, PAGE, Tier
 from nbdram.protocol import wire
 from nbdram.protocol.handshake import ReplyMode
 from nbdram.protocol.wire import Command, CommandFlag
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nbdram.server.connection import Buffer, Connection
 
 _SLICE_S: Final = 0.0005
+_RELIEF_S: Final = 1.0
 _STEPS_AT_ONCE: Final = 2
 # READs with holes in them of up to this much are answered inline.
 _INLINE_READ_BYTES: Final = 256 * 1024
@@ -191,7 +192,7 @@ async def _begin_again(
     """Steps that could not be done: once more, with what they need from disk, waiting for memory like a WRITE."""
     out: list[Buffer] = []
     pause = _Pause()
-    memory = _Patience(connection)
+    memory = _Patience(connection, connection.write_wait_s)
     steps: Iterator[None] | None = None
 
     def step() -> bool:
@@ -221,7 +222,7 @@ async def _write_zeros(connection: "Connection", cookie: int, offset: int, end: 
     """WRITE_ZEROES that stay allocated: written, and waiting for memory like a WRITE."""
     out: list[Buffer] = []
     pause = _Pause()
-    memory = _Patience(connection)
+    memory = _Patience(connection, connection.write_wait_s)
     at = offset
     try:
         await connection.fetcher.fetch_edges(connection.device, offset, end)
@@ -243,11 +244,11 @@ async def _write_zeros(connection: "Connection", cookie: int, offset: int, end: 
 
 
 class _Patience:
-    """Waits for memory on behalf of one task, as long as a WRITE may, all its waits together."""
+    """Waits for memory on behalf of one task, so long at most, all its waits together."""
 
-    def __init__(self, connection: "Connection") -> None:
+    def __init__(self, connection: "Connection", most_s: float) -> None:
         self._budget = connection.device.budget
-        self._deadline = time.monotonic() + connection.write_wait_s
+        self._deadline = time.monotonic() + most_s
 
     async def enough_for(self, work: Callable[[], Done]) -> Done:
         """Do it, as soon as there is memory for it."""
@@ -388,7 +389,7 @@ async def _read_whole(connection: "Connection", cookie: int, offset: int, end: i
         try:
             for start, stop in _parts(offset, end):
                 await connection.drained(occupied=True)
-                async with connection.fetcher.turns:
+                async with connection.fetcher.turns, _memory(connection, stop - start):
                     send(_whole(await connection.fetcher.gather(connection.device, start, stop)))
                 await pause()
         except OSError as error:
@@ -406,14 +407,28 @@ async def _turn(connection: "Connection", length: int) -> AsyncIterator[None]:
     turns = fetcher.short_turns if length <= CLUSTER else fetcher.turns
     while True:
         await connection.drained()
-        await turns.acquire()
-        if connection.is_drained():
-            break
-        turns.release()
+        async with turns, _memory(connection, length):
+            if connection.is_drained():
+                yield
+                return
+
+
+@asynccontextmanager
+async def _memory(connection: "Connection", length: int) -> AsyncIterator[None]:
+    """To hold what it takes to read `length` bytes: sealed, compressed, and as they are.
+
+    When what is held is too much already, reclaim comes first. But no READ is refused for that, or waits for long.
+    """
+    budget, holding = connection.device.budget, connection.fetcher.holding
+    pages = 3 * length // PAGE + 1
+    await holding.take(budget, pages)
     try:
+        if budget.free_pages <= 0:
+            with suppress(OSError):
+                await _Patience(connection, _RELIEF_S).enough_for(budget.check_edge)
         yield
     finally:
-        turns.release()
+        holding.give(pages)
 
 
 def _fail_read(connection: "Connection", cookie: int, offset: int, error: OSError) -> None:

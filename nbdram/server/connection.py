@@ -73,6 +73,7 @@ _MAX_BUFFERS: Final = 1000
 _MAX_BATCH_BYTES: Final = 4 * 1024 * 1024
 # Decompressed bytes are ours until the socket takes them: at most this much, and one answer, for each connection.
 _MAX_COPIED_BYTES: Final = 256 * 1024
+_TASK_BYTES: Final = 4096  # about what a request that waits takes
 
 # As long as one connection is all there is to serve, its next requests are received right here, without a round
 # through the event loop, and after its replies we wait a moment for what it sends in return: at queue depth 1 that
@@ -870,6 +871,7 @@ class Connection(asyncio.BufferedProtocol):
         """Run a request as a task of this connection; it ends by calling `send`."""
         task = self._loop.create_task(work)
         self._tasks.add(task)
+        self.device.budget.may_have_grown(_TASK_BYTES)
         begun = time.perf_counter()
         task.add_done_callback(lambda task: self._task_done(task, command, begun))
         if len(self._tasks) >= self._service.limits.requests_in_flight:
@@ -939,6 +941,7 @@ class Connection(asyncio.BufferedProtocol):
             self._unsent.extend(buffers)
             self._viewed = None
             if self.device is not None:
+                self.device.budget.may_have_grown(sum(map(len, buffers)))
                 self.device.senders.add(self)
             return
         try:
@@ -964,6 +967,7 @@ class Connection(asyncio.BufferedProtocol):
         self._viewed = None
         if self.device is not None:
             self.device.senders.add(self)
+            self.device.budget.may_have_grown(sum(map(len, self._unsent)))
         if self._writer_fd < 0:
             try:
                 self._writer_fd = os.dup(self._fd)
