@@ -32,6 +32,7 @@ from redis.crc import key_slot
 
 from nbdram.errors import NbdramError
 from nbdram.memory.tiers.remote_settings import Address, RemoteSettings, address_text
+from nbdram.memory.tiers.remote_tls import check_files, distrust, hint
 
 log = logging.getLogger("nbdram.remote")
 
@@ -99,6 +100,8 @@ class Engine:
 
     def start(self, each_minute: Callable[[], None] | None = None) -> None:
         """Find out who has what. NbdramError, in a sentence, if the remote can't be used."""
+        if self.settings.tls:
+            check_files(self.settings)
         deadline = time.monotonic() + _START_S
         while True:
             try:
@@ -113,8 +116,10 @@ class Engine:
             except (exceptions.AuthenticationError, exceptions.NoPermissionError) as error:
                 raise NbdramError(f"{self.settings} does not let us in: {error}") from error
             except (*_Broken, *_Transient) as error:
+                if distrusted := distrust(self.settings, error):
+                    raise NbdramError(distrusted) from error
                 if time.monotonic() > deadline:
-                    raise NbdramError(f"can't use {self.settings} for swap: {error}") from error
+                    raise NbdramError(f"can't use {self.settings} for swap: {error}{hint(self.settings)}") from error
                 time.sleep(_REFRESH_S)
         self._each_minute = each_minute
         self._keeper.start()

@@ -140,7 +140,7 @@ def is_master(node: Node) -> bool:
 @contextmanager
 def server(directory: Path, *arguments: str, port: int = 0) -> Iterator[Node]:
     """One server that is no cluster."""
-    node = _start(directory, port or _free_ports(1)[0], arguments)
+    node = _start(directory, port or free_ports(1)[0], arguments)
     try:
         yield node
     finally:
@@ -155,7 +155,7 @@ def cluster(
     after `failover_ms`.
     """
     count = masters + replicas
-    ports = _free_ports(2 * count)
+    ports = free_ports(2 * count)
     nodes: list[Node] = []
     try:
         for port, bus in zip(ports[:count], ports[count:], strict=True):
@@ -203,7 +203,7 @@ def _end(nodes: Sequence[Node]) -> None:
         node.process.wait()
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on; a cluster's must be below 55536."""
     sockets: list[socket.socket] = []
     try:
