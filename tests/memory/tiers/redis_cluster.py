@@ -117,13 +117,19 @@ class Cluster:
 
     def move(self, slot: int, source: Node, target: Node) -> None:
         """Give a slot to another master, key by key, as resharding does."""
+        with self.moving(slot, source, target):
+            time.sleep(0.05)  # for those who ask meanwhile
+            while keys := source.call("CLUSTER", "GETKEYSINSLOT", slot, 1):
+                source.call("MIGRATE", "127.0.0.1", target.port, "", 0, 10000, "KEYS", *keys)
+                time.sleep(0.02)
+
+    @contextmanager
+    def moving(self, slot: int, source: Node, target: Node) -> Iterator[None]:
+        """A slot is on its way to another master, and has arrived at the end."""
         names = {node.port: node.call("CLUSTER", "MYID") for node in (source, target)}
         target.call("CLUSTER", "SETSLOT", slot, "IMPORTING", names[source.port])
         source.call("CLUSTER", "SETSLOT", slot, "MIGRATING", names[target.port])
-        time.sleep(0.05)  # for those who ask meanwhile
-        while keys := source.call("CLUSTER", "GETKEYSINSLOT", slot, 1):
-            source.call("MIGRATE", "127.0.0.1", target.port, "", 0, 10000, "KEYS", *keys)
-            time.sleep(0.02)
+        yield
         for node in (target, source, *self.masters):
             node.call("CLUSTER", "SETSLOT", slot, "NODE", names[target.port])
 

@@ -15,7 +15,8 @@ from nbdram.memory.layout import RESIDENT, SLOT_SHIFT, TIER_MASK, TIER_SHIFT, Ti
 from nbdram.protocol.wire import Command, Error
 from tests.helpers import CLUSTER, MIB, eventually, run, running
 from tests.memory.tiers.redis_cluster import HASTY_MS, SLOTS, Cluster, cluster, is_master, until
-from tests.memory.tiers.test_remote import Model, modelled
+from tests.memory.tiers.rigs import remote_rig
+from tests.memory.tiers.test_remote import NOISE, Model, modelled
 
 CLUSTERS = 64 * MIB // CLUSTER
 
@@ -151,3 +152,42 @@ async def test_a_server_that_is_killed_finds_its_images_again(
         model.client = client
         await model.check()
     redis_cluster.empty()
+
+
+async def test_a_slot_on_its_way_is_asked_for_where_its_keys_are_by_now(redis_cluster: Cluster) -> None:
+    with remote_rig(Path(), redis_cluster) as rig:
+        tier = rig.first.remote
+        assert tier
+        rig.store(rig.first, 0, 0, NOISE)
+        key = rig.key(rig.first, 0)
+        slot, source = key_slot(key), redis_cluster.owner(key)
+        target = next(node for node in redis_cluster.masters if node is not source)
+        with redis_cluster.moving(slot, source, target):
+            source.call("MIGRATE", "127.0.0.1", target.port, "", 0, 10000, "KEYS", key)
+            before = rig.remote.retries
+            assert rig.load(rig.first, 0, 0, CLUSTER) == NOISE
+            assert rig.remote.retries > before, "nobody was sent on"
+            for _ in range(3):  # the loop has no connection yet, then it has
+                fetched = await asyncio.wrap_future(tier.fetch(0, 0, CLUSTER, on_loop=True))
+                assert fetched == NOISE
+                await asyncio.sleep(0.05)
+            rig.drop(rig.first, 0, 0, CLUSTER)
+        assert redis_cluster.keys("nbdram:image:*") == []
+
+
+def test_a_server_that_begins_to_evict_gets_nothing_more(redis_cluster: Cluster) -> None:
+    with remote_rig(Path(), redis_cluster) as rig:
+        rig.store(rig.first, 0, 0, NOISE)
+        for node in redis_cluster.masters:
+            node.call("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+            node.call("CLIENT", "KILL", "TYPE", "normal")
+        try:
+            with pytest.raises(OSError, match="may evict keys"):
+                rig.store(rig.first, 1, 0, NOISE)
+            assert rig.load(rig.first, 0, 0, CLUSTER) == NOISE
+        finally:
+            for node in redis_cluster.masters:
+                node.call("CONFIG", "SET", "maxmemory-policy", "noeviction")
+        until(rig.remote.has_room, "it is not tried again")
+        rig.store(rig.first, 1, 0, NOISE)
+        assert rig.load(rig.first, 1, 0, CLUSTER) == NOISE
