@@ -114,12 +114,20 @@ def nearest(values: tuple[int, ...], wanted: int) -> int:
     return min(range(len(values)), key=lambda number: abs(values[number] - wanted))
 
 
-def program_of(mode: int, requests: list[tuple[int, int, int, int]]) -> bytes:
-    """The program that comes nearest to requests that were recorded: (command, flags, offset, length)."""
+def program_of(mode: int, requests: list[tuple[int, int, int, int]], *, reclaim: bool = False) -> bytes:
+    """The program that comes nearest to requests that were recorded: (command, flags, offset, length).
+
+    With `reclaim`, each cluster is compressed behind the request that touched it, and then moved on to disk.
+    """
     data = bytearray((mode,))
-    for command, flags, offset, length in requests[: MOST_STEPS - 4]:
+    most = (MOST_STEPS - 4) // (5 if reclaim else 1)
+    for number, (command, flags, offset, length) in enumerate(requests[:most]):
         shift = nearest(SHIFTS[:11], offset % PAGE)
-        flag = next((number for number, known in enumerate(FLAGS) if known == flags & ~32), 0)
+        flag = next((place for place, known in enumerate(FLAGS) if known == flags & ~32), 0)
         what = shift << 4 | flag
-        data += bytes((0, command & 7 | 8, offset // PAGE & 0xFF, what, nearest(LENGTHS, length)))
+        data += bytes((0, command & 7 | (8, 24)[number % 2], offset // PAGE & 0xFF, what, nearest(LENGTHS, length)))
+        if reclaim:
+            cluster = offset // CLUSTER % CLUSTERS
+            freeze = next(kind for kind in range(REQUESTS, FREEZE) if kind % CLUSTERS == cluster)
+            data += bytes((freeze, FREEZE)) * 2
     return bytes(data)

@@ -211,8 +211,11 @@ def main() -> None:
             heard += [_heard(path, choice) for choice in _QUESTIONS]
         server.finish()
     _keep("haggling", [b"\0" + handshake for handshake, _, _ in parts], 1200)
-    programs = [program_of(mode, requests) for _, mode, requests in parts if requests]
-    _keep("serving", [*programs, *(bytes((program[0] | 44,)) + program[1:] for program in programs)], 600)
+    talks = [(mode, requests) for _, mode, requests in parts if requests]
+    programs = [program_of(mode, requests) for mode, requests in talks]
+    programs += [program_of(mode | 4, requests, reclaim=True) for mode, requests in talks]
+    programs += [program_of(mode | 44, requests[::-1], reclaim=True) for mode, requests in talks]
+    _keep("serving", programs, 600)
     _keep("dialing", heard, 600)
     _keep("words", [bytes((number,)) + text.encode() for number, text in WORDS], 120)
 

@@ -37,3 +37,23 @@ TARGETS: Final = {
         Target("serving", ("nbdram.server", "nbdram.protocol.replies", "nbdram.memory"), 7, 600),
     )
 }
+
+# What inputs can reach: of the server the transmission phase, of memory what it does at the same time.
+REACHABLE: Final = (
+    "nbdram.protocol.handshake",
+    "nbdram.protocol.client_handshake",
+    "nbdram.protocol.replies",
+    "nbdram.protocol.wire",
+    "nbdram.config",
+    "nbdram.config_remote",
+    "nbdram.access",
+    "nbdram.server.connection",
+    "nbdram.server.commands",
+    "nbdram.server.views",
+    "nbdram.memory.budget",
+    "nbdram.memory.codec",
+    "nbdram.memory.device",
+    "nbdram.memory.incoming",
+    "nbdram.memory.space",
+    "nbdram.memory.tiers.ram",
+)
