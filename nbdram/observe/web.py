@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl, urlsplit
 
 from nbdram.config import Endpoint
-from nbdram.observe.exposition import CONTENT_TYPE, Exposition
 from nbdram.server.listeners import open_listeners
 
 if TYPE_CHECKING:
@@ -152,6 +151,8 @@ def _names_loopback(host: str) -> bool:
 
 def pages(server: "Server") -> dict[str, Page]:
     """All that there is to see of a server."""
+    from nbdram.observe.exposition import CONTENT_TYPE, Exposition  # its library is only for those with metrics
+
     exposition = Exposition(server)
 
     def metrics(_: dict[str, str]) -> Answer:

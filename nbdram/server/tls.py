@@ -27,14 +27,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import uvloop
-from cryptography import x509
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from nbdram.config import TlsSettings
 from nbdram.errors import NbdramError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what is not for types is imported by who needs it: it takes a seventh of a server's start
+    from cryptography import x509
+
     from nbdram.server.connection import Connection
 
 log = logging.getLogger("nbdram.tls")
@@ -56,6 +55,8 @@ class Credentials:
 
 def load(settings: TlsSettings) -> Credentials:
     """Read and check all files; one NbdramError says what is wrong with which."""
+    from cryptography.hazmat.primitives.hashes import SHA256
+
     certificate, key_path = settings.certificate, settings.key
     chain = _certificates(certificate)
     key = _private_key(key_path)
@@ -87,7 +88,9 @@ def _read(path: Path) -> bytes:
         raise NbdramError(f"can't read {path}: {error.strerror}") from error
 
 
-def _certificates(path: Path) -> list[x509.Certificate]:
+def _certificates(path: Path) -> "list[x509.Certificate]":
+    from cryptography import x509
+
     try:
         return x509.load_pem_x509_certificates(_read(path))
     except ValueError as error:
@@ -95,6 +98,8 @@ def _certificates(path: Path) -> list[x509.Certificate]:
 
 
 def _private_key(path: Path) -> Any:
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
     try:
         return load_pem_private_key(_read(path), None)
     except TypeError as error:
@@ -103,7 +108,7 @@ def _private_key(path: Path) -> Any:
         raise NbdramError(f"{path} holds no private key in PEM form") from error
 
 
-def _check_dates(certificate: x509.Certificate, path: Path) -> None:
+def _check_dates(certificate: "x509.Certificate", path: Path) -> None:
     now = datetime.now(UTC)
     if certificate.not_valid_after_utc < now:
         raise NbdramError(
