@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NoReturn
 
-from bench import abuse, big, curves, host, paging, publish, remote, report, scale, serving
+from bench import abuse, big, curves, filesystems, host, paging, publish, remote, report, scale, serving
 from bench.errors import BenchError, NoMatch
 from bench.options import Found, Options
 from bench.servers import PEERS
@@ -22,6 +22,7 @@ SECTIONS: Final[Mapping[str, Callable[[Options], Found]]] = {
     "scale": scale.run,
     "remote": remote.run,
     "curves": curves.run,
+    "filesystems": filesystems.run,
     "publish": publish.run,
     "abuse": abuse.run,
 }

@@ -18,8 +18,8 @@ class Attachment:
     """An export and the kernel's device of it. `index` is -1 before the kernel has chosen one.
 
     `flags` are the transmission flags, 0 if unknown; `identity` is "" if the server tells none. `retry_after_ms`
-    is how long a request may go unanswered before the kernel looks whether its socket was replaced. `server`
-    is the command that starts the server, for a server that the keeper shall start again.
+    is how long a request may go unanswered before the kernel looks whether its socket was replaced, 0 to leave that
+    to the keeper. `server` is the command that starts the server, for one that the keeper shall start again.
     """
 
     uri: str
@@ -30,7 +30,7 @@ class Attachment:
     block_size: int = 4096
     identity: str = ""
     dead_timeout_s: int = 600
-    retry_after_ms: int = 700
+    retry_after_ms: int = 0
     server: list[str] = field(default_factory=list)
 
     @property

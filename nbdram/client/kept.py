@@ -7,7 +7,10 @@ The rules:
    LINK_DEAD is waited for, for a moment; where it can't be heard, and in any case, the device is read from
    afterwards, and if that does not come back more sockets are given.
 4. Sockets first, the size in a message of its own, and never a smaller one.
-5. Nothing here allocates much or touches files outside /run, /sys and /dev: the device may be what is swapped on.
+5. With several connections the kernel gives one up on which a request waits for longer than its timeout, which should
+   be short, because requests that a dead server has taken wait for it as well. So it is raised when the server turns
+   out to have been there, only slow, and set back when one was really away.
+6. Nothing here allocates much or touches files outside /run, /sys and /dev: the device may be what is swapped on.
 """
 
 import logging
@@ -33,13 +36,19 @@ from nbdram.protocol.wire import TransmissionFlag
 log = logging.getLogger("nbdram.keeper")
 
 _FIRST_RETRY_S: Final = 0.01
-_QUICK_RETRY_S: Final = 0.1  # for as long as a restart may take
+_QUICK_RETRY_S: Final = 0.05  # for as long as a restart may take
 _SLOW_RETRY_S: Final = 1.0
 _QUICK_FOR_S: Final = 15.0
 _DEATH_NOTICE_S: Final = 1.0
 _ANSWER_S: Final = 2.0
 _LOOK_FOR_GROWTH_S: Final = 10.0
 _RESPAWN_S: Final = 2.0
+# How long the kernel lets a request wait before it looks for another connection: a server of ours answers all that
+# it can at once; others may take seconds to flush, and a request that always takes longer would be sent for ever.
+_PATIENCE_MS: Final = 400
+_PATIENCE_WITH_SEVERAL_MS: Final = 600
+_PATIENCE_WITH_SEVERAL_OF_OTHERS_MS: Final = 3000
+_MOST_PATIENT_MS: Final = 10_000
 
 
 class KeptDevice:
@@ -58,6 +67,7 @@ class KeptDevice:
         self._stopping = False
         self._look_now = False
         self._gone = False
+        self._patience_ms = attachment.retry_after_ms  # the timeout of the kernel's requests
         self._probe = 0  # the pid of a process that reads from the device
         self._server: subprocess.Popen[bytes] | None = None
         self._spawned_at = 0.0
@@ -83,6 +93,7 @@ class KeptDevice:
                     flags=export.flags,
                     identity=links[0].identity,
                     block_size=_block_size(wanted.block_size, export.size, export.blocks[0]),
+                    retry_after_ms=wanted.retry_after_ms or _patience(wanted.connections, links[0].identity),
                 )
                 while len(links) < wanted.connections:
                     links.append(redial(found))
@@ -208,7 +219,7 @@ class KeptDevice:
         lost_at = time.monotonic()
         index = self.attachment.index
         self.trouble = reason
-        quiet = False
+        quiet = away = False
         delay = 0.0
         log.warning("nbd%d: %s: connecting again", index, reason)
         while not self._stopping and not self._forgotten():
@@ -221,7 +232,7 @@ class KeptDevice:
             try:
                 link = redial(self.attachment)
             except (NbdramError, OSError) as error:
-                quiet = self._explain(error, quiet)
+                quiet, away = self._explain(error, quiet), True
                 self._respawn_server()
                 waited = time.monotonic() - lost_at
                 limit = (
@@ -237,6 +248,22 @@ class KeptDevice:
         self.reconnects += 1
         self.last_pause_s = time.monotonic() - lost_at
         log.warning("nbd%d: connected again after %.2f s", index, self.last_pause_s)
+        self._learn_patience(away=away)
+
+    def _learn_patience(self, *, away: bool) -> None:
+        """Rule 5, after a connection was replaced; `away`: the server was not there for a while."""
+        attachment = self.attachment
+        asked = attachment.retry_after_ms
+        patience = asked if away else max(asked, min(2 * self._patience_ms, _MOST_PATIENT_MS))
+        if attachment.connections > 1 and patience != self._patience_ms:
+            with suppress(OSError):
+                sysfs.set_request_timeout(attachment.index, patience)
+                self._patience_ms = patience
+                log.info(
+                    "nbd%d: requests wait for %.1f s before another connection is tried",
+                    attachment.index,
+                    patience / 1000,
+                )
 
     def _drop_dead_links(self) -> None:
         for sock in hung_up(self._links):
@@ -415,6 +442,12 @@ def _block_size(wanted: int, size: int, minimum: int) -> int:
             f"the export's size, {size} bytes, is not a multiple of {chosen}: choose a smaller --block-size"
         )
     return chosen
+
+
+def _patience(connections: int, identity: str) -> int:
+    if connections == 1:
+        return _PATIENCE_MS
+    return _PATIENCE_WITH_SEVERAL_MS if identity else _PATIENCE_WITH_SEVERAL_OF_OTHERS_MS
 
 
 def _read_a_block(index: int) -> int:

@@ -96,6 +96,10 @@ class OurServer:
         end(self._process, grace_s=0)
         self.start()
 
+    def signal(self, number: int) -> None:
+        assert self._process
+        self._process.send_signal(number)
+
     def exports(self) -> list[dict[str, Any]]:
         """What it tells of its exports; [] while it does not answer."""
         try:

@@ -1,12 +1,13 @@
 """The keeper, with a real kernel: servers are killed under busy file systems, and nobody but the log notices."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import MIB
-from tests.kernel.attaching import TOOLS, AnyServer, acts, boot, said
+from tests.kernel.attaching import TOOLS, AnyServer, OurServer, acts, boot, said
 from tests.kernel.guest import Guest, require_tools
 
 BUSY = r"""
@@ -56,6 +57,40 @@ def test_a_busy_file_system_goes_on_when_its_server_is_killed(guest: Guest, tmp_
     assert said(guest, "keeper.log").count("connected again") >= 2
     assert f'"connected": {connections}' in said(guest, "status")
     assert '"state": "connected"' in said(guest, "status")
+
+
+def test_a_server_that_is_only_slow_gets_more_time_until_one_is_really_gone(guest: Guest, shm: Path) -> None:
+    server = OurServer(guest, shm, "--export", "disk=256MiB", "--memory", "64MiB").start()
+    boot(
+        guest,
+        BUSY
+        + r"""
+        timeout() { cat /sys/block/nbd0/queue/io_timeout; }
+        nbdram attach nbd://$SERVER/disk --connections 4
+        [ $(timeout) = 600 ]
+        mkfs.ext4 -q -O ^has_journal /dev/nbd0
+        mount /dev/nbd0 $MNT
+        busy 4
+        sleep 0.7; pause freeze
+        until_says "Connection timed out, retrying" dmesg --notime
+        pause thaw
+        until_says "requests wait for [1-9].* s before another" cat /run/nbdram/keeper.log
+        [ $(timeout) -gt 600 ]
+        pause kill
+        until_says "requests wait for 0.6 s before another" cat /run/nbdram/keeper.log
+        [ $(timeout) = 600 ]
+        idle
+        umount $MNT
+        e2fsck -fn /dev/nbd0
+        nbdram detach /dev/nbd0
+        """,
+        acts(
+            guest,
+            freeze=lambda: server.signal(signal.SIGSTOP),
+            thaw=lambda: server.signal(signal.SIGCONT),
+            kill=server.restart,
+        ),
+    )
 
 
 def test_a_device_outlives_its_keeper_and_the_server_that_goes_meanwhile(guest: Guest, tmp_path: Path) -> None:

@@ -1,0 +1,148 @@
+"""What `bench.filesystems` runs in the guest: how much RAM files take in a tmpfs and in an ext4 of `nbdram mount`.
+
+python -m bench.filesystems_guest CONTENTS FOUND: tar files, and where to write the figures, as JSON.
+
+RAM is what is missing from MemFree when everything is written and all that the kernel can drop is dropped: that has
+the pages, the inodes and directory entries that a tmpfs can't drop, and the server. Both start from an empty file
+system that is mounted.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from nbdram.client.mount_notes import Place
+from nbdram.observe.control import ask
+
+NBDRAM: Final = os.environ["NBDRAM"]
+POINT: Final = Path("/run/scratch")
+PLACE: Final = Place("bench")
+SIZE: Final = "64G"
+MEMORY: Final = "768M"
+GIVEN_BACK_S: Final = 5.0
+PUSHER: Final = "pusher"
+PUSHES: Final = 20  # at most
+SETTLED: Final = 0.01  # what a push still makes cold, of what is resident, when all is cold that ever will be
+
+
+def main(contents: str, found: str) -> None:
+    POINT.mkdir()
+    figures = {}
+    for content in sorted(Path(contents).glob("*.tar")):
+        figures[content.stem] = {"tmpfs": in_tmpfs(content), **in_ours(content)}
+        print(content.stem, figures[content.stem], flush=True)
+    Path(found).write_text(json.dumps(figures))
+
+
+def in_tmpfs(content: Path) -> int:
+    """Bytes."""
+    run("mount", "-t", "tmpfs", "-o", "size=4g,nr_inodes=0", "none", str(POINT))
+    free = free_bytes()
+    unpack(content)
+    taken = free - free_bytes()
+    run("umount", str(POINT))
+    return taken
+
+
+def in_ours(content: Path) -> dict[str, Any]:
+    """Bytes when all is resident; what is given back when all is deleted; bytes when all that can be is cold."""
+    with mounted():
+        settle()
+        free, base = free_bytes(), device_bytes()
+        unpack(content)
+        hot, hot_device = free - free_bytes(), device_bytes()
+        deleted = delete(base)
+    with mounted():
+        settle()
+        free = free_bytes()
+        unpack(content)
+        push()
+        settle()
+        export = export_of(PLACE.name)
+        left = {name: export[name] for name in ("resident", "compressed")}
+        cold = free - free_bytes()
+    return {"hot": hot, "hot_device": hot_device - base, "cold": cold, "cold_device": left, "deleted": deleted}
+
+
+@contextmanager
+def mounted() -> Iterator[None]:
+    run(NBDRAM, "mount", SIZE, str(POINT), "--name", PLACE.name, "--memory", MEMORY)
+    try:
+        yield
+    finally:
+        run(NBDRAM, "umount", str(POINT))
+
+
+def unpack(content: Path) -> None:
+    run("tar", "-xf", str(content), "-C", str(POINT))
+    settle()
+
+
+def delete(base: int) -> list[tuple[float, float]]:
+    """(seconds, share of the memory given back) since the last file was deleted."""
+    before = device_bytes() - base
+    run("find", str(POINT), "-mindepth", "1", "-delete")
+    begun = time.monotonic()
+    told = []
+    while (passed := time.monotonic() - begun) < GIVEN_BACK_S:
+        told.append((passed, 1 - (device_bytes() - base) / before))
+        time.sleep(0.1)
+    return told
+
+
+def push() -> None:
+    """Write beside the files until nothing more of them goes cold."""
+    run(NBDRAM, "create", f"{PUSHER}={MEMORY}", "--control", str(PLACE.control))
+    uri = f"nbd+unix:///{PUSHER}?socket={PLACE.socket}"
+    fio = ["fio", "--name=push", "--ioengine=nbd", f"--uri={uri}", "--rw=write", "--bs=256k", "--iodepth=16"]
+    fio += [f"--size={MEMORY}", "--buffer_compress_percentage=90", "--refill_buffers=1"]
+    before = sys.maxsize
+    for _ in range(PUSHES):
+        run(*fio)
+        left = export_of(PLACE.name)["resident"]
+        if before - left <= SETTLED * before:
+            break
+        before = left
+    else:
+        raise SystemExit("data still go cold: no figure")
+    run(NBDRAM, "rm", PUSHER, "--control", str(PLACE.control))
+
+
+def export_of(name: str) -> dict[str, Any]:
+    return next(export for export in ask(PLACE.control, "exports")["exports"] if export["name"] == name)
+
+
+def settle() -> None:
+    """All is written, and what can be read again is dropped."""
+    run("sync")
+    for _ in range(3):
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def free_bytes() -> int:
+    match = re.search(r"^MemFree:\s*(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    assert match
+    return int(match[1]) << 10
+
+
+def device_bytes() -> int:
+    """What the server's state takes: the device's pages, images and index."""
+    status = os.statvfs(PLACE.state)
+    return (status.f_blocks - status.f_bfree) * status.f_frsize
+
+
+def run(*argv: str) -> None:
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(argv)}: {done.stdout[-500:]}{done.stderr[-1000:]}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
