@@ -23,6 +23,8 @@ from tests.kernel.guest import CHECKOUT, PAUSE, Guest, GuestError, pauses
 SMALL_FILES: Final = 100_000
 SMALL_BYTES: Final = 300
 _PACKAGE: Final = "linux-source-6.1"
+_LARGE_FILES: Final = 8
+_LARGE_BYTES: Final = 16 << 20
 _TREES: Final = ("fs", "kernel", "mm", "net", "include")
 _GUEST_MEMORY: Final = "3G"
 _TIMEOUT_S: Final = 1800.0
@@ -59,7 +61,10 @@ def _measure() -> dict[str, Any]:
             contents.mkdir()
             print("making the contents", file=sys.stderr)
             source = _source(contents / f"Linux {', '.join(_TREES)}.tar")
-            _small_files(source, contents / f"{SMALL_FILES} files of {SMALL_BYTES} bytes.tar")
+            _pieces(source, contents / f"{SMALL_FILES} files of {SMALL_BYTES} bytes.tar", SMALL_FILES, SMALL_BYTES)
+            _pieces(
+                source, contents / f"{_LARGE_FILES} files of {_LARGE_BYTES >> 20} MiB.tar", _LARGE_FILES, _LARGE_BYTES
+            )
             print("measuring in the guest", file=sys.stderr)
             server = guest.serve(*(word for size in _LIMITS for word in ("--export", f"{size}={size}")))
             empty: dict[str, int] = {}
@@ -93,14 +98,13 @@ def _source(tar: Path) -> Path:
     return tar
 
 
-def _small_files(source: Path, tar: Path) -> None:
+def _pieces(source: Path, tar: Path, count: int, size: int) -> None:
     """A tar of pieces of the other's text, a thousand to a directory."""
-    text = source.read_bytes()[: SMALL_FILES * SMALL_BYTES]
-    with tarfile.open(tar, "w", format=tarfile.GNU_FORMAT) as archive:
-        for number in range(SMALL_FILES):
+    with source.open("rb") as text, tarfile.open(tar, "w", format=tarfile.GNU_FORMAT) as archive:
+        for number in range(count):
             entry = tarfile.TarInfo(f"{number // 1000}/{number}")
-            entry.size = SMALL_BYTES
-            archive.addfile(entry, io.BytesIO(text[number * SMALL_BYTES : (number + 1) * SMALL_BYTES]))
+            entry.size = size
+            archive.addfile(entry, io.BytesIO(text.read(size)))
 
 
 def _run(argv: list[str], directory: str) -> None:

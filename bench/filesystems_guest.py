@@ -43,7 +43,8 @@ def main(contents: str, found: str) -> None:
 
 def in_tmpfs(content: Path) -> int:
     """Bytes."""
-    run("mount", "-t", "tmpfs", "-o", "size=4g,nr_inodes=0", "none", str(POINT))
+    run("mount", "-t", "tmpfs", "-o", "size=2g,nr_inodes=0", "none", str(POINT))
+    settle()
     free = free_bytes()
     unpack(content)
     taken = free - free_bytes()
