@@ -63,32 +63,30 @@ def test_a_server_that_is_only_slow_gets_more_time_until_one_is_really_gone(gues
     server = OurServer(guest, shm, "--export", "disk=256MiB", "--memory", "64MiB").start()
     boot(
         guest,
-        BUSY
-        + r"""
+        r"""
         timeout() { cat /sys/block/nbd0/queue/io_timeout; }
         nbdram attach nbd://$SERVER/disk --connections 4
         [ $(timeout) = 600 ]
-        mkfs.ext4 -q -O ^has_journal /dev/nbd0
-        mount /dev/nbd0 $MNT
-        busy 4
-        sleep 0.7; pause freeze
+        pause freeze
+        dd if=/dev/nbd0 of=/dev/null bs=4k count=1 iflag=direct & reader=$!
         until_says "Connection timed out, retrying" dmesg --notime
         pause thaw
+        wait $reader
         until_says "requests wait for [1-9].* s before another" cat /run/nbdram/keeper.log
         [ $(timeout) -gt 600 ]
         pause kill
+        until_says "Connection refused" cat /run/nbdram/keeper.log
+        pause start
         until_says "requests wait for 0.6 s before another" cat /run/nbdram/keeper.log
         [ $(timeout) = 600 ]
-        idle
-        umount $MNT
-        e2fsck -fn /dev/nbd0
         nbdram detach /dev/nbd0
         """,
         acts(
             guest,
             freeze=lambda: server.signal(signal.SIGSTOP),
             thaw=lambda: server.signal(signal.SIGCONT),
-            kill=server.restart,
+            kill=lambda: server.signal(signal.SIGKILL),
+            start=server.start,
         ),
     )
 
