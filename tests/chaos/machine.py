@@ -15,6 +15,7 @@ from typing import Final
 from urllib.request import urlopen
 
 from bench.cgroup import MemoryLimit
+from nbdram.observe.control import ask
 from tests.helpers import MIB
 
 from .world import PATIENCE_S, Setting, World
@@ -179,6 +180,8 @@ def in_a_memory_group(directory: Path) -> Iterator[Setting]:
 async def crowded(world: World, seconds: float) -> str:
     """A neighbour in the same group takes memory until the kernel kills it; then the next one comes."""
     group = world.setting.prefix[-1]
+    budget = ask(world.directory / "control", "stats")["budget"]["limit"]
+    assert budget <= _GROUP_BYTES // 2, "the server does not know of its group's limit"
     until, most, killed = time.monotonic() + seconds, 0, 0
     while time.monotonic() < until:
         neighbour = await asyncio.create_subprocess_exec(
@@ -197,4 +200,5 @@ async def crowded(world: World, seconds: float) -> str:
                 neighbour.kill()
             await neighbour.communicate()
     assert world.server.process.returncode is None, "the server was killed"
-    return f"in a group of {_GROUP_BYTES // MIB} MiB, neighbours took up to {most} MiB; {killed} were killed for it"
+    did = f"a group of {_GROUP_BYTES // MIB} MiB, of which the server took {budget // MIB} for its budget"
+    return f"{did}; neighbours took up to {most} MiB, {killed} were killed for it"
