@@ -33,7 +33,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         action="append",
         metavar="NAME=MAXSIZE[,ro][,density][,description=TEXT]",
         help="serve a device of at most MAXSIZE, as in scratch=16G (default: ram=1T); "
-        "density: cold data takes a little less RAM, and longer to read",
+        "density: cold data takes a sixth less RAM, and longer to read and to compress",
     )
     parser.add_argument(
         "--listen",

@@ -116,7 +116,7 @@ def _check_device(
     state: StateDirectory, stored: StoredDevice, areas: list[SwapArea], writer: ThreadPoolExecutor, far: _Far
 ) -> Findings:
     found = Findings(stored)
-    codec = Codec(CLUSTER) if stored.dense else None
+    codec = Codec.dense() if stored.dense else None
     device = Device(stored.name, stored.size, Budget(0), codec, state.opener(stored.identity))
     try:
         recount(device, str(state.file(stored.identity, "index")))

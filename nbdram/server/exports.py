@@ -367,4 +367,4 @@ class Visible:
 
 
 def _codec(dense: bool) -> Codec | None:
-    return Codec(CLUSTER) if dense else None
+    return Codec.dense() if dense else None
