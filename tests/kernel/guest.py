@@ -164,15 +164,19 @@ class Guest:
         listen = ["--listen", f"tcp://{SERVER_ADDRESS}:{NBD_PORT}", "--allow-plaintext"]
         return self._stack.enter_context(Server([*listen, *arguments], self._in_network))
 
-    def run(self, script: str, *, timeout_s: float, on_line: Callable[[str], None] | None = None) -> Result:
+    def run(
+        self, script: str, *, timeout_s: float, on_line: Callable[[str], None] | None = None, init: str = _INIT
+    ) -> Result:
         """Boot, run a POSIX shell script, power off. `on_line` is given each line of output as it comes.
+
+        `init` is what process 1 does: a script as well, which is given the token.
 
         Raises GuestError unless the kernel gets to the end of the script, and off, in time.
         """
         token = secrets.token_hex(16)
         for seen in self.share.glob("pause.*"):
             seen.unlink()
-        (self.share / "init").write_text(_INIT)
+        (self.share / "init").write_text(init)
         (self.share / "script").write_text(script)
         if "COVERAGE_PROCESS_CONFIG" in os.environ:
             (self.share / "coverage.ini").write_text(_COVERAGE)
