@@ -64,6 +64,47 @@ def test_metrics_that_are_named_exist() -> None:
             assert name in exist, f"{path}: there is no metric {name}"
 
 
+_LINK = re.compile(r"""\]\(([^)\s]+)\)|(?:src|srcset|href)="([^"]+)\"""")
+_HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
+
+
+def anchors(path: Path) -> set[str]:
+    """What a page's headings are called in links."""
+    prose = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in _HEADING.findall(prose))
+    return {text.replace(" ", "-") for text in plain}
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    seen = 0
+    for path in FILES:
+        if path.suffix != ".md":
+            continue
+        for link in (one or other for one, other in _LINK.findall(path.read_text())):
+            if re.match(r"[a-z]+:", link):
+                continue
+            target, _, anchor = link.partition("#")
+            page = (path.parent / target).resolve() if target else path
+            assert page.exists(), f"{path}: {link} leads nowhere"
+            assert page.is_relative_to(ROOT), f"{path}: {link} leads out of the project"
+            assert not anchor or anchor in anchors(page), f"{path}: {page} has no heading for {link}"
+            seen += 1
+    assert seen > 20
+
+
+def test_every_page_and_picture_can_be_found_from_the_first() -> None:
+    found, following = set(), [ROOT / "README.md"]
+    while following:
+        path = following.pop()
+        found.add(path)
+        if path.suffix == ".md":
+            links = (one or other for one, other in _LINK.findall(path.read_text()))
+            pages = {(path.parent / link.partition("#")[0]).resolve() for link in links if ":" not in link}
+            following += pages - found
+    lost = set((ROOT / "docs").iterdir()) - found
+    assert not lost, "no link leads there"
+
+
 # What a healthy server logs: nobody looks for a remedy.
 _NORMAL: Final = (
     "export_opened export_closed export_taken_up export_made export_resized export_removed reloaded stopping"
