@@ -45,7 +45,7 @@ crash: packages-test .venv/test-ready
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[top]'
 	touch $@
 
 .venv/test-ready: .venv/ready

@@ -33,7 +33,7 @@ _JOBS: Final = (
     Job("4K randwrite QD64", "randwrite", "4k", 64),
 )
 _READY_S: Final = 120.0
-_NEWCOMERS: Final = 5  # good ones, whose way in is timed
+_NEWCOMERS: Final = 3  # good ones, whose way in is timed
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,21 @@ class _Door:
         self.server: Server = nbdram({DEFAULT_EXPORT: _SIZE}, options=options)
 
     def entry_s(self) -> float:
-        """How long a newcomer takes to come in, look at the export, and leave: the longest of some."""
+        """How long a newcomer takes to come in, trying again if need be: the longest of some."""
         longest = 0.0
         for _ in range(_NEWCOMERS):
             begun = time.monotonic()
-            command = ["nbdinfo", "--size", self.uri]
-            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HOME": self.home})
-            if done.returncode:
-                raise BenchError(f"a good client is kept out: {done.stderr.strip()}")
+            while not self._enters():
+                if time.monotonic() - begun > _READY_S:
+                    raise BenchError("a good client is kept out")
+                time.sleep(0.2)
             longest = max(longest, time.monotonic() - begun)
+            time.sleep(0.5)
         return longest
+
+    def _enters(self) -> bool:
+        command = ["nbdinfo", "--size", self.uri]
+        return not subprocess.run(command, capture_output=True, env={**os.environ, "HOME": self.home}).returncode
 
 
 def run(options: Options) -> Found:

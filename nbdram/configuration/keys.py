@@ -288,7 +288,7 @@ KEYS: Final = (
         "limits.newcomers",
         number(0, 1_000_000),
         str(_LIMITS.newcomers),
-        "New connections a second, half as many where TLS is on; when they get short, one an address. 0: no limit.",
+        "New connections a second, half as many with TLS; when they get short, addresses share them. 0: no limit.",
         running=True,
     ),
     Key(

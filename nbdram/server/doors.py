@@ -4,8 +4,8 @@ A connection costs 0.1 ms of the event loop until it is in the handshake phase, 
 TLS 0.6 ms, most of it in another thread (measured); accepting one and hanging up costs a tenth of that. So:
 
 1. No more are let in than a rate says (`limits.newcomers`), which two seconds of quiet save up for.
-2. Once half of that is used up, each address is let in once a second, and its other connections are hung up on at
-   once. So a crowd at a few addresses keeps nobody out who comes from another one.
+2. Once half of that is used up, each address has an equal share in each second, and its other connections are hung up
+   on at once. So a crowd at a few addresses keeps nobody out who comes from another one.
 3. While somebody is being served, hanging up takes a twentieth of the time at most; more of them wait outside.
 4. Clients of a Unix socket have no addresses: they wait. Whoever may connect there is known to the host.
 """
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("nbdram.connection")
 
 BACKLOG: Final = 512
+_LEAST_SHARE: Final = 2  # connections of one address in a second
 _SAVED_S: Final = 2.0
 _AT_ONCE: Final = 32
 _AWAY_FACTOR: Final = 19  # turning away takes at most a twentieth of the time
@@ -35,7 +36,7 @@ _TELL_EVERY_S: Final = 60.0
 
 
 class Newcomers:
-    """Who may come in now: a token bucket, whose lower half is for addresses that had none in this second."""
+    """Who may come in now: a token bucket, whose lower half is shared out evenly among addresses."""
 
     def __init__(self, rate: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.rate = rate  # a second; 0: no limit
@@ -43,7 +44,8 @@ class Newcomers:
         self._at = clock()
         self._saved = rate * _SAVED_S
         self._second = 0
-        self._seen: set[Hashable] = set()  # in this second
+        self._had: dict[Hashable, int] = {}  # in this second, by address
+        self._addresses = 0  # in the last one
 
     def admit(self, who: Hashable, cost: int = 1) -> bool:
         if not self.rate:
@@ -51,11 +53,11 @@ class Newcomers:
         self._save_up()
         second = math.floor(self._at)
         if second != self._second:
-            self._second = second
-            self._seen.clear()
-        is_new = who not in self._seen
-        self._seen.add(who)
-        return self._pay(cost, 0 if is_new else self.rate * _SAVED_S / 2)
+            self._second, self._addresses, self._had = second, len(self._had), {}
+        had = self._had.get(who, 0)
+        self._had[who] = had + 1
+        share = max(_LEAST_SHARE, self.rate // (cost * max(1, self._addresses, len(self._had))))
+        return self._pay(cost, 0 if had < share else self.rate * _SAVED_S / 2)
 
     def take(self, cost: int) -> bool:
         """Whether there is room for whoever it may be."""

@@ -18,6 +18,15 @@ from .test_web import fetch, port_of
 ROOT = Path(__file__).parents[2]
 
 
+# The opaque pixels of the first row of cells in the first map, but for the rounded corners.
+COLOURS_OF_CELLS = """(() => {
+    const canvas = document.querySelector(".export canvas");
+    const row = canvas.getContext("2d").getImageData(0, 8, canvas.width, 1).data;
+    return Array.from({ length: canvas.width }, (_, x) => row.slice(4 * x, 4 * x + 4)).filter((pixel) => pixel[3] == 255)
+        .map(String);
+})()"""
+
+
 @asynccontextmanager
 async def with_page(directory: Path, *exports: str, memory: int = 256 * MIB) -> AsyncIterator[Server]:
     server = Server(
@@ -55,6 +64,7 @@ async def test_the_page_shows_what_is_stored_and_where(tmp_path: Path) -> None:
             assert page.text(".export .stored") == "3 MiB of 1 TiB"
             page.until("document.querySelector('.export canvas').getAttribute('aria-label')")
             assert "3 MiB resident" in page.run("document.querySelector('.export canvas').ariaLabel")
+            assert len(set(page.run(COLOURS_OF_CELLS))) == 1, "all of it is resident, and was touched lately"
             assert "1.0 TiB were never written" in page.text(".map .readout").replace("1 TiB", "1.0 TiB")
             assert "disk" in page.text("#connections")
             check_access(page)

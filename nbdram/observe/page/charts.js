@@ -203,8 +203,8 @@ export class DeviceMap {
     context.scale(scale, scale);
     const gap = this.pitch > 8 ? 1.5 : 1;
     for (let i = 0; i < this.count; i++) {
-      const parts = [...this.cells.subarray(4 * i, 4 * i + 3)], heat = this.cells[CELL * i + CELL - 1] / 255;
-      const filled = Math.min(1, (parts[0] + parts[1] + parts[2]) / 255);
+      const parts = [...this.cells.subarray(CELL * i, CELL * i + MAP_TIERS.length)], heat = this.cells[CELL * i + CELL - 1] / 255;
+      const filled = Math.min(1, parts.reduce((sum, part) => sum + part, 0) / 255);
       let fill = color.track;
       if (filled) {
         const tier = color[MAP_TIERS[parts.indexOf(Math.max(...parts))]];
