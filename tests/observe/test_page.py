@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[2]
 COLOURS_OF_CELLS = """(() => {
     const canvas = document.querySelector(".export canvas");
     const row = canvas.getContext("2d").getImageData(0, 8, canvas.width, 1).data;
-    return Array.from({ length: canvas.width }, (_, x) => row.slice(4 * x, 4 * x + 4)).filter((pixel) => pixel[3] == 255)
-        .map(String);
+    const pixels = Array.from({ length: canvas.width }, (_, x) => row.slice(4 * x, 4 * x + 4));
+    return pixels.filter((pixel) => pixel[3] == 255).map(String);
 })()"""
 
 
