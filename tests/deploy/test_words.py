@@ -92,19 +92,6 @@ def test_links_between_pages_lead_somewhere() -> None:
     assert seen > 20
 
 
-def test_every_page_and_picture_can_be_found_from_the_first() -> None:
-    found, following = set(), [ROOT / "README.md"]
-    while following:
-        path = following.pop()
-        found.add(path)
-        if path.suffix == ".md":
-            links = (one or other for one, other in _LINK.findall(path.read_text()))
-            pages = {(path.parent / link.partition("#")[0]).resolve() for link in links if ":" not in link}
-            following += pages - found
-    lost = set((ROOT / "docs").iterdir()) - found
-    assert not lost, "no link leads there"
-
-
 # What a healthy server logs: nobody looks for a remedy.
 _NORMAL: Final = (
     "export_opened export_closed export_taken_up export_made export_resized export_removed reloaded stopping"

@@ -75,12 +75,13 @@ export class Chart {
     this.cursor = svg("line", { class: "cursor", y1: 0, y2: HEIGHT, visibility: "hidden" });
     this.svg.append(this.group, this.cursor);
     this.legend = el("ul", { className: "legend" });
-    this.shown = series.map(({ label, color }) => {
-      const value = el("b"), item = el("li", {}, value, label);
+    this.items = series.map(({ label, color }) => {
+      const item = el("li", {}, el("b"), label);
       item.style.setProperty("--swatch", `var(--${color})`);
       this.legend.append(item);
-      return value;
+      return item;
     });
+    this.shown = this.items.map((item) => item.firstChild);
     this.ago = el("span");
     const times = el("div", { className: "times", ariaHidden: "true" }, this.ago, el("span", { textContent: "now" }));
     root.replaceChildren(el("div", { className: "chart" }, this.scale, this.svg, times, this.legend));
@@ -120,6 +121,8 @@ export class Chart {
       area.setAttribute("d", length ? `M${upper.join("L")}L${back.join("L")}Z` : "");
       line.setAttribute("d", length ? `M${upper.join("L")}` : "");
     });
+    // Tiers that nobody has set up are not worth a word.
+    this.items.forEach((item, i) => { item.hidden = this.stacked && i > 1 && !values[this.series[i].key].some(Boolean); });
     this.point(this.at);
     const said = this.series.map(({ key, label }) => {
       const all = values[key];
