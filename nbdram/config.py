@@ -122,7 +122,7 @@ class Limits:
     requests_in_flight: int = 128
     idle_timeout_s: float = 0.0
     stall_timeout_s: float = 300.0
-    newcomers: int = 500  # a second
+    newcomers: int = 300  # a second
 
 
 @dataclass(frozen=True)

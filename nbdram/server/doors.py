@@ -6,7 +6,7 @@ TLS 0.6 ms, most of it in another thread (measured); accepting one and hanging u
 1. No more are let in than a rate says (`limits.newcomers`), which two seconds of quiet save up for.
 2. Once half of that is used up, each address has an equal share in each second, and its other connections are hung up
    on at once. So a crowd at a few addresses keeps nobody out who comes from another one.
-3. While somebody is being served, hanging up takes a twentieth of the time at most; more of them wait outside.
+3. While somebody is being served, hanging up takes a fortieth of the time at most; more of them wait outside.
 4. Clients of a Unix socket have no addresses: they wait. Whoever may connect there is known to the host.
 """
 
@@ -30,7 +30,7 @@ BACKLOG: Final = 512
 _LEAST_SHARE: Final = 2  # connections of one address in a second
 _SAVED_S: Final = 2.0
 _AT_ONCE: Final = 32
-_AWAY_FACTOR: Final = 19  # turning away takes at most a twentieth of the time
+_AWAY_FACTOR: Final = 39
 _NO_FILES_S: Final = 0.1
 _TELL_EVERY_S: Final = 60.0
 
