@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _wanted(arguments: argparse.Namespace) -> "Wanted":
     """What is asked for, as far as that can be checked without doing anything."""
-    from nbdram.client.filesystems import FILE_SYSTEMS
+    from nbdram.client.filesystems import FILE_SYSTEMS, cannot_make
     from nbdram.client.mounting import Wanted, check_point
 
     point = Path(os.path.realpath(arguments.point))
@@ -81,7 +81,7 @@ def _wanted(arguments: argparse.Namespace) -> "Wanted":
     uri = absolute_uri(arguments.what) if is_uri else ""
     kind = arguments.fs
     if kind and kind not in FILE_SYSTEMS and not is_uri:
-        raise UsageError(f"nbdram can't make {kind!r}: choose one of {', '.join(FILE_SYSTEMS)}")
+        raise UsageError(cannot_make(kind))
     if arguments.journal and kind not in ("", "ext4"):
         raise UsageError(f"--journal is for ext4: {kind} always has its own")
     if is_uri and (arguments.memory or arguments.swap or arguments.keep):

@@ -44,7 +44,9 @@ _EXT4: Final = FileSystem(
     with_journal=("-J", "size=16", "-O", "meta_bg,^resize_inode"),
     without_journal=("-O", "^has_journal,meta_bg,^resize_inode"),
 )
-_XFS: Final = FileSystem("xfs", "xfsprogs", ("mkfs.xfs", "-q", "-f", "-K"), "noatime,discard", ("xfs_growfs",))
+_XFS: Final = FileSystem(
+    "xfs", "xfsprogs", ("mkfs.xfs", "-q", "-f", "-K", "-l", "size=64m"), "noatime,discard", ("xfs_growfs",)
+)
 _BTRFS: Final = FileSystem(
     "btrfs",
     "btrfs-progs",
@@ -53,6 +55,16 @@ _BTRFS: Final = FileSystem(
     ("btrfs", "filesystem", "resize", "max"),
 )
 FILE_SYSTEMS: Final = {system.name: system for system in (_EXT4, _XFS, _BTRFS)}
+
+
+def cannot_make(kind: str) -> str:
+    """A sentence for those who ask for another one."""
+    if kind == "ufs":
+        return (
+            "nbdram can't make 'ufs', because makefs can only write a whole image, zeros too: attach the device with "
+            "--block-size 512 and copy an image to it, as docs/ffs.md shows"
+        )
+    return f"nbdram can't make {kind!r}: choose one of {', '.join(FILE_SYSTEMS)}"
 
 
 def make(system: FileSystem, device: Path, *, journal: bool) -> None:

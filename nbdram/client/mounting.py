@@ -173,8 +173,9 @@ def _mount(wanted: Wanted, place: Place, note: MountNote, steps: Steps) -> Mount
     system = FILE_SYSTEMS.get(note.kind)
     if not found:
         if system is None:
-            raise UsageError(f"nbdram can't make {note.kind}: choose one of {', '.join(FILE_SYSTEMS)}")
+            raise UsageError(filesystems.cannot_make(note.kind))
         filesystems.make(system, device, journal=wanted.journal)
+    check_point(point, nonempty=True)  # another mount, of another name, may have been quicker
     options = [system.options if system else _UNKNOWN_OPTIONS, wanted.options]
     steps.undo_with(_unmount, point, note.device)
     filesystems.mount(note.kind, ",".join(filter(None, options)), device, point)

@@ -54,6 +54,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple
         (["1G", "/etc"], "/etc is not empty"),
         (["1G", "/proc"], "is mounted at /proc: unmount it"),
         (["1G", "DIR", "--fs", "ntfs"], "nbdram can't make 'ntfs': choose one of ext4, xfs, btrfs"),
+        (["1G", "DIR", "--fs", "ufs"], "attach the device with --block-size 512 and copy an image to it"),
         (["1G", "DIR", "--fs", "xfs", "--journal"], "--journal is for ext4"),
         (["1G", "DIR", "--memory", "1M"], "--memory must be at least 32 MiB"),
         (["1G", "DIR", "--memory", "lots"], "--memory 'lots' is not a size"),

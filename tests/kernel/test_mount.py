@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.attaching import TOOLS, boot, said
+from tests.kernel.attaching import TOOLS, acts, boot, said
 from tests.kernel.guest import Guest, require_tools
 
 MORE_TOOLS = {"mkfs.xfs": "xfsprogs", "mkfs.btrfs": "btrfs-progs", "blkid": "util-linux"}
@@ -106,7 +106,7 @@ def test_a_file_system_in_ram_comes_and_goes_with_one_command_each(guest: Guest)
 
 
 def test_an_export_of_any_server_is_mounted_by_its_uri(guest: Guest) -> None:
-    guest.serve("--export", "data=1GiB", "--export", "fixed=64MiB,ro", "--memory", "256MiB")
+    server = guest.serve("--export", "data=1GiB", "--export", "fixed=64MiB,ro", "--memory", "256MiB")
     boot(
         guest,
         LOOK
@@ -123,6 +123,53 @@ def test_an_export_of_any_server_is_mounted_by_its_uri(guest: Guest) -> None:
         nbdram umount $D
         refused "mkfs.ext4 failed" nbdram mount $URI/fixed $D
         refused "there is no export of this name" nbdram mount $URI/nothing $D
+        clean
+
+        # Its server is gone for good: what was not written is lost, and the kernel says so, but nothing is left.
+        nbdram mount $URI/data $D --dead-timeout 3600
+        echo lost >$D/more
+        pause gone
+        nbdram umount --force $D
+        dmesg -c >$SHARE/expected
+        clean
+        """,
+        acts(guest, gone=server.stop),
+    )
+
+
+def test_mounts_at_the_same_time_do_not_get_in_each_others_way(guest: Guest) -> None:
+    boot(
+        guest,
+        LOOK
+        + r"""
+        mkdir /run/other
+        one_of_both() { # starts both commands at once: one succeeds, the other says this
+            want=$1
+            "$NBDRAM" mount 1G $2 --memory 40M --name $3 >$TMPDIR/one 2>&1 & one=$!
+            "$NBDRAM" mount 1G $4 --memory 40M --name $5 >$TMPDIR/two 2>&1 & two=$!
+            made=0
+            if wait $one; then made=$((made + 1)); fi
+            if wait $two; then made=$((made + 1)); fi
+            cat $TMPDIR/one $TMPDIR/two
+            [ $made = 1 ]
+            grep -q -- "$want" $TMPDIR/one $TMPDIR/two
+            [ "$(grep -c " ext4 " /proc/mounts)" = 1 ]
+            nbdram umount $(nbdram mount | cut -d ' ' -f 1)
+            clean
+        }
+        one_of_both "'twin' is \(mounted at\|being mounted\)" $D twin /run/other twin
+        one_of_both "is mounted at $D: unmount it, or choose another directory" $D first $D second
+
+        # Both have room, also where the kernel has one device only: it makes more.
+        until_says "nothing left to keep" cat /run/nbdram/keeper.log
+        rmmod nbd
+        insmod /usr/lib/uml/modules/$(uname -r)/kernel/drivers/block/nbd.ko nbds_max=1
+        nbdram mount 1G $D --memory 40M & one=$!
+        nbdram mount 1G /run/other --memory 40M
+        wait $one
+        [ "$(cut -d ' ' -f 1 /proc/mounts | grep -c '^/dev/nbd[01]$')" = 2 ]
+        nbdram umount $D
+        nbdram umount /run/other
         clean
         """,
     )
