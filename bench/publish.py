@@ -76,10 +76,11 @@ def draw(curve: Curve, path: Path) -> None:
     from matplotlib.figure import Figure
 
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "nbdram", "font.size": 9})
-    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
     axes = figure.subplots()
     for name, values in curve.y.items():
-        axes.plot(curve.x, values, marker="o", markersize=3, linewidth=1.2, label=name)
+        dashes = "--" if name.endswith("p99") else "-"
+        axes.plot(curve.x, values, dashes, marker="o", markersize=3, linewidth=1.2, label=name)
     if curve.is_logarithmic:
         axes.set_xscale("log", base=2)
         axes.set_xticks(curve.x, [f"{x:g}" for x in curve.x])
@@ -89,6 +90,6 @@ def draw(curve: Curve, path: Path) -> None:
         axes.set_ylim(bottom=0)
     axes.set(xlabel=curve.x_label, ylabel=curve.y_label, title=curve.title)
     axes.grid(visible=True, alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, metadata={"Date": None})

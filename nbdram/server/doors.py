@@ -22,7 +22,8 @@ from nbdram.access import address_of
 from nbdram.protocol.handshake import Failure
 
 if TYPE_CHECKING:
-    from nbdram.server.connection import Connection, Service
+    from nbdram.server.connection import Connection
+    from nbdram.server.service import Service
 
 log = logging.getLogger("nbdram.connection")
 

@@ -8,7 +8,7 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from nbdram.server.connection import Service
+    from nbdram.server.service import Service
 
 log = logging.getLogger("nbdram.connection")
 

@@ -39,12 +39,13 @@ from nbdram.observe.web import WebServer, pages
 from nbdram.protocol.handshake import TlsPolicy
 from nbdram.server import notify
 from nbdram.server.admin import Admin
-from nbdram.server.connection import Connection, Service
+from nbdram.server.connection import Connection
 from nbdram.server.doors import Door
 from nbdram.server.exports import Exports
 from nbdram.server.listeners import open_listeners, unlink_if_ours
 from nbdram.server.quiet import hang_up_on_the_quiet
 from nbdram.server.reload import ReadSettings, Reloader
+from nbdram.server.service import Service
 from nbdram.server.tls import Tls
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from nbdram.protocol.handshake import ExportInfo, Negotiated
 from nbdram.server import commands
 from nbdram.server import connection as hot_loop
 from nbdram.server.connection import Connection
+from nbdram.server.service import RECEIVE_BYTES
 from tests.helpers import CLUSTER
 
 from .model import Model
@@ -165,7 +166,7 @@ class Rig:
                 break
             self.connection.buffer_updated(length)
             received += length
-            assert len(self.connection._held) <= hot_loop.RECEIVE_BYTES, "more is held than was received at once"
+            assert len(self.connection._held) <= RECEIVE_BYTES, "more is held than was received at once"
         return received
 
     def _read(self) -> int:

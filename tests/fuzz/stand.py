@@ -18,8 +18,8 @@ from nbdram.memory.backing import allocated_bytes
 from nbdram.memory.budget import Budget
 from nbdram.memory.reclaim import Reclaimer
 from nbdram.memory.tiers.disk import DiskTier, SwapArea
-from nbdram.server.connection import Service
 from nbdram.server.exports import Exports
+from nbdram.server.service import Service
 from tests.helpers import CLUSTER, PAGE, hot_pages, index_pages
 
 from .program import SIZE, Program

@@ -11,7 +11,7 @@ import pytest
 from nbdram.config import Limits
 from nbdram.protocol.handshake import ReplyMode
 from nbdram.protocol.wire import Command
-from nbdram.server.connection import RECEIVE_BYTES
+from nbdram.server.service import RECEIVE_BYTES
 from tests.helpers import (
     ALL_MODES,
     CHUNK_MODES,

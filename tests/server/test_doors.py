@@ -13,8 +13,8 @@ import pytest
 from nbdram.config import Endpoint, Limits
 from nbdram.protocol.handshake import Failure
 from nbdram.protocol.wire import Command
-from nbdram.server.connection import SEND_BUFFER_BYTES
 from nbdram.server.doors import Door, Newcomers, _origin
+from nbdram.server.service import SEND_BUFFER_BYTES
 from tests.helpers import GREETING, MIB, Client, Served, dial, eventually, served
 
 HERE = (Endpoint(host="127.0.0.1", port=0),)

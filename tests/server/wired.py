@@ -13,8 +13,9 @@ from nbdram.memory.budget import Budget
 from nbdram.memory.device import Device
 from nbdram.protocol.handshake import ReplyMode
 from nbdram.protocol.wire import Option
-from nbdram.server.connection import Connection, Service
+from nbdram.server.connection import Connection
 from nbdram.server.exports import Exports
+from nbdram.server.service import Service
 from tests.helpers import MIB, PATIENCE_S, Client, client_flags, go, meta_payload, option
 
 _READ_AHEAD_BYTES = 64 * MIB
