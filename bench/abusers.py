@@ -12,6 +12,7 @@ import struct
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Final
 
 _IHAVEOPT: Final = b"IHAVEOPT"
@@ -140,21 +141,26 @@ def deaf(port: int, count: int, ca: str) -> None:
         struct.pack(">IHHQQI", 0x25609513, 0, 0, n, n * _ASKED_BYTES % _SPAN, _ASKED_BYTES) for n in range(_ASKED_TIMES)
     )
     clients: list[socket.socket] = []
-    for _ in range(count):
-        sock = _socket(port, blocking=True)
-        _receive(sock, _GREETING_BYTES)
-        if ca:
-            sock.sendall(_FLAGS + _STARTTLS)
-            _receive(sock, _ACK_BYTES)
-            sock = ssl.create_default_context(cafile=ca).wrap_socket(sock, server_hostname="localhost")
-            sock.sendall(_GO)
-        else:
-            sock.sendall(_FLAGS + _GO)
-        _receive(sock, 2 * _ACK_BYTES)
-        sock.sendall(requests)
-        clients.append(sock)
+    while len(clients) < count:
+        with suppress(ConnectionError):  # newcomers have a rate
+            clients.append(_ask(port, ca, requests))
     print("ready", flush=True)
     sys.stdin.read()
+
+
+def _ask(port: int, ca: str, requests: bytes) -> socket.socket:
+    sock = _socket(port, blocking=True)
+    _receive(sock, _GREETING_BYTES)
+    if ca:
+        sock.sendall(_FLAGS + _STARTTLS)
+        _receive(sock, _ACK_BYTES)
+        sock = ssl.create_default_context(cafile=ca).wrap_socket(sock, server_hostname="localhost")
+        sock.sendall(_GO)
+    else:
+        sock.sendall(_FLAGS + _GO)
+    _receive(sock, 2 * _ACK_BYTES)
+    sock.sendall(requests)
+    return sock
 
 
 def _receive(sock: socket.socket, length: int) -> None:

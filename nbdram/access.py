@@ -165,3 +165,28 @@ PARSERS: Final[dict[str, Callable[[Any], Any]]] = {
     "iops": parse_iops,
     "bandwidth": parse_bandwidth,
 }
+
+# The same on a command line, where each may be said more than once.
+RULE_OPTIONS: Final = {
+    "network=": "networks",
+    "user=": "users",
+    "group=": "groups",
+    "certificate=": "certificates",
+    "iops=": "iops",
+    "bandwidth=": "bandwidth",
+}
+
+
+def take_rule(option: str, rules: dict[str, Any]) -> bool:
+    """Add `network=10.0.0.0/8` and the like to what `Rules.parse` takes; False if it is something else."""
+    word, equals, text = option.partition("=")
+    key = RULE_OPTIONS.get(word + equals)
+    if key is None:
+        return False
+    is_number = text.isascii() and text.isdecimal() and key in ("users", "groups", "iops")
+    value = int(text) if is_number else text
+    if key in ("iops", "bandwidth"):
+        rules[key] = value
+    else:
+        rules.setdefault(key, []).append(value)
+    return True

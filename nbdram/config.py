@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.parse import quote, unquote, urlsplit
 
-from nbdram.access import OPEN, Rules
+from nbdram.access import OPEN, RULE_OPTIONS, Rules, take_rule
 from nbdram.errors import UsageError
 from nbdram.memory.layout import MAX_DEVICE_BYTES, PAGE
 from nbdram.memory.tiers.remote_settings import RemoteSettings
@@ -85,27 +85,31 @@ class ExportSettings:
 
     @classmethod
     def parse(cls, text: str) -> "ExportSettings":
-        """From NAME=MAXSIZE[,ro][,density][,description=TEXT]; the text runs to the end, commas included."""
+        """From NAME=MAXSIZE[,ro][,density][,RULE=VALUE]...[,description=TEXT]; the text runs to the end, with commas."""
         name, equals, rest = text.partition("=")
         if not equals or not name:
             raise UsageError(f"--export {text!r}: write NAME=MAXSIZE, as in scratch=16G")
         size_text, _, options = rest.partition(",")
+        flags: set[str] = set()
+        rules: dict[str, Any] = {}
+        description = ""
         try:
             size = check_size(parse_size(size_text))
+            while options:
+                if options.startswith("description="):
+                    description, options = options.removeprefix("description="), ""
+                    continue
+                option, _, options = options.partition(",")
+                if not take_rule(option, rules):
+                    if option not in ("ro", "density"):
+                        known = f"known are ro, density, {', '.join(RULE_OPTIONS)} and description=TEXT"
+                        raise UsageError(f"there is no option {option!r}; {known}")
+                    flags.add(option)
+            access = Rules.parse(rules)
         except UsageError as error:
             raise UsageError(f"--export {text!r}: {error}") from None
-        flags: set[str] = set()
-        description = ""
-        while options:
-            if options.startswith("description="):
-                description, options = options.removeprefix("description="), ""
-                continue
-            option, _, options = options.partition(",")
-            if option not in ("ro", "density"):
-                known = "known are ro, density and description=TEXT"
-                raise UsageError(f"--export {text!r}: there is no option {option!r}; {known}")
-            flags.add(option)
-        return cls(check_name(name), size, "ro" in flags, check_description(description), "density" in flags)
+        description = check_description(description)
+        return cls(check_name(name), size, "ro" in flags, description, "density" in flags, access)
 
 
 @dataclass(frozen=True)

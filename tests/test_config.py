@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdram.access import Rules
 from nbdram.config import (
     ClientTls,
     Endpoint,
@@ -59,6 +60,25 @@ def test_sizes_are_said_in_the_largest_unit(size: int, text: str) -> None:
         ("a=1G,ro", ExportSettings("a", GIB, read_only=True)),
         ("a=1G,density,ro", ExportSettings("a", GIB, read_only=True, dense=True)),
         ("a=1G,description=x, y=z,ro", ExportSettings("a", GIB, description="x, y=z,ro")),
+        (
+            "a=1G,network=10.0.0.0/8,user=0,group=7,ro,network=::1,certificate=*.b,iops=5,bandwidth=1M,description=x",
+            ExportSettings(
+                "a",
+                GIB,
+                read_only=True,
+                description="x",
+                rules=Rules.parse(
+                    {
+                        "networks": ["10.0.0.0/8", "::1"],
+                        "users": [0],
+                        "groups": [7],
+                        "certificates": ["*.b"],
+                        "iops": 5,
+                        "bandwidth": MIB,
+                    }
+                ),
+            ),
+        ),
         ("a=1G,ro,description=", ExportSettings("a", GIB, read_only=True)),
     ],
 )
@@ -77,7 +97,10 @@ def test_an_export_is_a_name_a_size_and_options(text: str, settings: ExportSetti
         ("a=0", "must be a multiple of 4096 bytes, above 0"),
         ("a=4097", "must be a multiple of 4096 bytes"),
         ("a=65T", "can have at most 64 TiB"),
-        ("a=1G,rw", "there is no option 'rw'; known are ro, density and description=TEXT"),
+        ("a=1G,rw", "there is no option 'rw'; known are ro, density, network=, user=, .* and description=TEXT"),
+        ("a=1G,network=10.0.0.1/8", "networks: '10.0.0.1/8' is not a network: write 10.0.0.0/8"),
+        ("a=1G,user=nobody-at-all", "users: there is no user called 'nobody-at-all' here"),
+        ("a=1G,iops=many", "iops: 'many' is not a number of requests a second"),
         ("a=1G,ro,,", "there is no option ''"),
         ("x" * 4097 + "=1G", "name may have at most 4096 bytes"),
         ("ü" * 2049 + "=1G", "name may have at most 4096 bytes"),

@@ -1,17 +1,22 @@
 """nbdram create: add an export to a running server."""
 
 import argparse
+from typing import Final
 
 from nbdram.cli.exports import add_control
 from nbdram.config import ExportSettings, format_size
 from nbdram.observe.control import ask
 
+OPTIONS: Final = (
+    "ro; density, cold data takes a sixth less RAM, and longer to read and to compress; who may use it, each as often "
+    "as needed: network=10.0.0.0/8, user=NAME, group=NAME, certificate=NAME; caps in a second: iops=5000, bandwidth=100M; "
+    "and last, description=TEXT"
+)
+
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser("create", help="add an export to a running server")
-    parser.add_argument(
-        "export", metavar="NAME=MAXSIZE[,ro][,density][,description=TEXT]", help="as serve --export takes it"
-    )
+    parser.add_argument("export", metavar="NAME=MAXSIZE[,OPTION]...", help=f"as in scratch=16G; options: {OPTIONS}")
     add_control(parser)
     parser.set_defaults(run=run)
 
@@ -24,6 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
         "read_only": wanted.read_only,
         "description": wanted.description,
         "density": wanted.dense,
+        **wanted.rules.plain(),
     }
     made = ask(arguments.control, "exports", "POST", fields)
     print(f"made {made['name']}: {format_size(made['size'])}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import uvloop
 
+from nbdram.cli.create import OPTIONS
 from nbdram.client.resident import stay_out_of_the_way
 from nbdram.config import DEFAULT_METRICS, ServeSettings
 from nbdram.configuration.keys import EXPORT_FLAG, KEYS
@@ -31,9 +32,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser.add_argument(
         "--export",
         action="append",
-        metavar="NAME=MAXSIZE[,ro][,density][,description=TEXT]",
-        help="serve a device of at most MAXSIZE, as in scratch=16G (default: ram=1T); "
-        "density: cold data takes a sixth less RAM, and longer to read and to compress",
+        metavar="NAME=MAXSIZE[,OPTION]...",
+        help=f"serve a device of at most MAXSIZE, as in scratch=16G (default: ram=1T); options: {OPTIONS}",
     )
     parser.add_argument(
         "--listen",

@@ -1,7 +1,7 @@
 """Puts settings together: defaults, then a file, then variables, then flags, each over those before it.
 
 All of it is checked, and every mistake told at once with its place. Exports of flags and variables are added to those
-of the file; where both have a name, size and options are those of the flag, and the rules those of the file.
+of the file; where both have a name, those of the flag count; the rules of the file, if the flag has none.
 """
 
 import difflib
@@ -188,7 +188,15 @@ class _Loader:
                 raise UsageError(f"there are two exports called {name!r}: give each a name of its own")
         for export in given:
             before = self._exports.get(export.name)
-            self._exports[export.name] = replace(export, rules=before.rules) if before else export
+            rules = export.rules
+            if rules.plain().keys() & set(RULE_NAMES):
+                self._has_rules.add(export.name)
+            elif before:
+                rules = replace(before.rules, iops=rules.iops, bandwidth=rules.bandwidth)
+            if before:
+                caps = before.rules
+                rules = replace(rules, iops=rules.iops or caps.iops, bandwidth=rules.bandwidth or caps.bandwidth)
+            self._exports[export.name] = replace(export, rules=rules)
 
     # -- all together ------------------------------------------------------------------------------
 

@@ -30,9 +30,10 @@ _EXPORTS: Final = f"""
 ## Exports
 
 Each export is a table, `[exports.NAME]`. The first one is what clients get that ask for no name. `--export
-NAME=MAXSIZE[,ro][,density][,description=TEXT]`, and `{EXPORT_FLAG.variable}` with the same, add exports; where the file
-has the name too, size and options are those of the flag, and the rules those of the file. If there is no export at all,
-`ram=1T` is made, unless a state directory has some.
+NAME=MAXSIZE[,OPTION]...`, and `{EXPORT_FLAG.variable}` with the same, add exports. Options are `ro`, `density`, rules
+as below (`network=`, `user=`, `group=` and `certificate=`, each as often as needed, `iops=` and `bandwidth=`), and last
+`description=TEXT`. Where the file has the name too, what the flag says counts, and rules of the file that the flag has
+none for. If there is no export at all, `ram=1T` is made, unless a state directory has some.
 
 | key | default | meaning |
 |-----|---------|---------|
@@ -55,8 +56,7 @@ nothing changes, and the mistakes are told: by `nbdram reload`, or in the log. O
 For the others, `nbdram reload` says that a restart is needed; until then the server goes on as it was. It exits with 0
 only if everything in the file is in force.
 
-Exports that were made with `nbdram create` are not touched by a reload. Rules for them can be given through the
-[control socket](control.md); without, `[access]` holds for them.
+Exports that were made with `nbdram create` are not touched by a reload; those without rules have those of `[access]`.
 """
 
 

@@ -235,6 +235,11 @@ async def test_the_commands_say_what_they_did(shm: Path) -> None:
         in_use = await run("check", str(shm / "state"))
         assert (in_use.code, "in use" in in_use.errors) == (1, True)
         assert (await run("rm", "x", *at)).output == "removed x\n"
+        ruled = await run("create", "y=1G,network=10.0.0.0/8,user=0,iops=5", *at)
+        assert ruled.output == "made y: 1 GiB\n"
+        listed = json.loads((await run("exports", "--json", *at)).output)[1]
+        assert (listed["networks"], listed["users"], listed["iops"]) == (["10.0.0.0/8"], [0], 5)
+        assert (await run("rm", "y", *at)).code == 0
         gone = await run("rm", "x", *at)
         assert (gone.code, gone.errors) == (1, "nbdram: there is no export called 'x'\n")
     assert "1 exports, all whole" in (await run("check", str(shm / "state"))).output
