@@ -85,7 +85,7 @@ class ExportSettings:
 
     @classmethod
     def parse(cls, text: str) -> "ExportSettings":
-        """From NAME=MAXSIZE[,ro][,density][,RULE=VALUE]...[,description=TEXT]; the text runs to the end, with commas."""
+        """From NAME=MAXSIZE[,ro][,density][,RULE=VALUE]...[,description=TEXT]; the text runs to the end."""
         name, equals, rest = text.partition("=")
         if not equals or not name:
             raise UsageError(f"--export {text!r}: write NAME=MAXSIZE, as in scratch=16G")

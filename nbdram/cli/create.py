@@ -9,8 +9,8 @@ from nbdram.observe.control import ask
 
 OPTIONS: Final = (
     "ro; density, cold data takes a sixth less RAM, and longer to read and to compress; who may use it, each as often "
-    "as needed: network=10.0.0.0/8, user=NAME, group=NAME, certificate=NAME; caps in a second: iops=5000, bandwidth=100M; "
-    "and last, description=TEXT"
+    "as needed: network=10.0.0.0/8, user=NAME, group=NAME, certificate=NAME; caps in a second: iops=5000, "
+    "bandwidth=100M; and last, description=TEXT"
 )
 
 
