@@ -97,6 +97,16 @@ def fill_or_verify(uri: str, size: int, *, verify: bool) -> None:
     _fio("verify" if verify else "fill", uri, arguments, _GRACE_S + size / _LEAST_BYTES_PER_S)
 
 
+def write_on(uri: str, span: str, rate_mib: int, seconds: float) -> None:
+    """Write the first `span` over and over, so many MiB/s, with data of which about half can be compressed away."""
+    arguments = [
+        *("--rw=write", "--bs=256k", "--iodepth=4", f"--size={span}", f"--rate={rate_mib}m"),
+        *("--time_based", f"--runtime={seconds * 1000:.0f}ms"),
+        *("--refill_buffers=1", "--buffer_compress_percentage=50"),
+    ]
+    _fio("write on", uri, arguments, seconds + _GRACE_S)
+
+
 def _fio(name: str, uri: str, arguments: list[str], limit_s: float, home: str = "") -> dict[str, Any]:
     """The JSON of fio's only job, or group of jobs."""
     if not shutil.which("fio"):

@@ -5,6 +5,7 @@ server has them for itself, and the network comes on top.
 """
 
 import asyncio
+import itertools
 import os
 import re
 import sys
@@ -19,7 +20,7 @@ from typing import Any, Final
 import uvloop
 
 from bench import fio, report
-from bench.fio import Job
+from bench.fio import Job, Outcome
 from bench.options import Found, Options
 from bench.servers import DEFAULT_EXPORT, Server, socket_in
 from nbdram.errors import NbdramError
@@ -36,6 +37,15 @@ _DATA: Final = 512  # MiB
 _DEMOTED: Final = 384  # MiB
 _LEFT: Final = 24  # MiB that stay in RAM
 _DEPTHS: Final = (1, 16)
+_SERVED: Final = 64  # MiB that a client reads while the others are demoted
+_COLD: Final = 512  # MiB that are written meanwhile, over and over; half can be compressed away
+_WRITTEN: Final = (16, 64)  # MiB/s
+_RAMP_S: Final = 1
+_RESIDENT_JOBS: Final = (
+    Job("4K randread QD64", "randread", "4k", 64, span=f"{_SERVED}m"),
+    Job("4K randread QD1", "randread", "4k", 1, span=f"{_SERVED}m"),
+    Job("256K read QD16", "read", "256k", 16, span=f"{_SERVED}m"),
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,7 @@ def run(options: Options) -> Found:
     parts: Mapping[str, Callable[[Path, Options], Found]] = {
         "tiers": tiers,
         "demotion": demotion,
+        "resident": resident,
         "failover": failover,
     }
     found = {}
@@ -94,9 +105,10 @@ def tiers(directory: Path, options: Options) -> Found:
     return {"faults": found}
 
 
-def _nbdram(memory: str, swap: list[str]) -> Server:
+def _nbdram(memory: str, swap: list[str], *exports: str) -> Server:
     def argv(directory: Path) -> list[str]:
-        command = [sys.executable, "-m", "nbdram", "serve", "--memory", memory, "--export", f"{DEFAULT_EXPORT}=4G"]
+        command = [sys.executable, "-m", "nbdram", "serve", "--memory", memory]
+        command += [word for one in (f"{DEFAULT_EXPORT}=4G", *exports) for word in ("--export", one)]
         command += ["--listen", f"unix:{socket_in(directory)}", "--control", str(directory / "control")]
         return command + [word for one in swap for word in ("--swap", one)] + ["--metrics", "off"]
 
@@ -174,6 +186,62 @@ async def _demote(servers: Cluster, incompressible: float) -> dict[str, float]:
     exports.close()
     remote.close()
     return figures
+
+
+# -- serving what is resident, meanwhile --------------------------------------------------------------
+
+
+def resident(directory: Path, options: Options) -> Found:
+    """What a client gets of resident data while another one writes, with memory for that and without: then as much is
+    demoted as is written."""
+    directory.mkdir()
+    rows, found = [], []
+    with cluster(directory / "redis", 3, 0) as servers:
+        url = f"redis://{','.join(node.address for node in servers.nodes)}"
+        with _nbdram("6G", [], "cold=4G") as roomy, _nbdram("256M", [url], "cold=4G") as tight:
+            for server in (roomy, tight):
+                fio.fill(server.uri("cold"), f"{_COLD}m")
+            for job, rate in itertools.product(_RESIDENT_JOBS, _WRITTEN):
+                rounds = [_one_round(roomy, tight, job, rate, options.seconds) for _ in range(options.rounds)]
+                found.append({"job": job.name, "written_per_s": rate * _MIB, "rounds": rounds})
+                middle = sorted(rounds, key=lambda one: one["share"])[len(rounds) // 2]
+                cells = [f"{middle[key]:.0f}" for key in ("quiet_per_s", "busy_per_s")] + [f"{middle['share']:.2f}"]
+                p99s = [report.microseconds(middle[key]) for key in ("quiet_p99_us", "busy_p99_us")]
+                rows.append([job.name, str(rate), *cells, *p99s, f"{middle['demoted_per_s'] / 1e6:.0f}"])
+    head = ["job", "written MB/s", "quiet/s", "demoting/s", "share", "p99 us", "p99 us demoting", "demoted MB/s"]
+    print(report.table("Serving resident data while other data is demoted (median by share)", head, rows))
+    return {"resident": found}
+
+
+def _one_round(roomy: Server, tight: Server, job: Job, rate: int, seconds: float) -> dict[str, float]:
+    quiet, _ = _beside_a_writer(roomy, job, rate, seconds)
+    busy, demoted = _beside_a_writer(tight, job, rate, seconds)
+    return {
+        "quiet_per_s": quiet.operations_per_s,
+        "busy_per_s": busy.operations_per_s,
+        "share": busy.operations_per_s / quiet.operations_per_s,
+        "quiet_p99_us": quiet.p99_us,
+        "busy_p99_us": busy.p99_us,
+        "demoted_per_s": demoted,
+    }
+
+
+def _beside_a_writer(server: Server, job: Job, rate: int, seconds: float) -> tuple[Outcome, float]:
+    """The job on data that is resident, and how many bytes a second were demoted meanwhile.
+
+    fio begins before what it measures: what is read all the time is not demoted.
+    """
+    fio.fill(server.uri(), f"{_SERVED}m")
+    seconds_in_all = seconds + _RAMP_S
+    writing = threading.Thread(target=fio.write_on, args=(server.uri("cold"), f"{_COLD}m", rate, seconds_in_all))
+    before, begun = _stats(server), time.perf_counter()
+    writing.start()
+    outcome = fio.run(replace(job, options=(f"--ramp_time={_RAMP_S}s",)), server.uri(), seconds)
+    after, took = _stats(server), time.perf_counter() - begun
+    writing.join()
+    faults = sum(after["faults"][tier] - before["faults"][tier] for tier in ("ram", "disk", "remote"))
+    print(f"    {faults} faults in {outcome.operations} operations and those before", file=sys.stderr)
+    return outcome, (after["reclaim"]["demoted"] - before["reclaim"]["demoted"]) * _CLUSTER / took
 
 
 # -- a master is killed ------------------------------------------------------------------------------
