@@ -98,9 +98,9 @@ def fill_or_verify(uri: str, size: int, *, verify: bool) -> None:
 
 
 def write_on(uri: str, span: str, rate_mib: int, seconds: float) -> None:
-    """Write the first `span` over and over, so many MiB/s, with data of which about half can be compressed away."""
+    """Write here and there in the first `span`, so many MiB/s, data of which about half can be compressed away."""
     arguments = [
-        *("--rw=write", "--bs=256k", "--iodepth=4", f"--size={span}", f"--rate={rate_mib}m"),
+        *("--rw=randwrite", "--bs=64k", "--iodepth=4", f"--size={span}", f"--rate={rate_mib}m", "--randrepeat=0"),
         *("--time_based", f"--runtime={seconds * 1000:.0f}ms"),
         *("--refill_buffers=1", "--buffer_compress_percentage=50"),
     ]
