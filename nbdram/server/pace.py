@@ -6,7 +6,8 @@ this exists.
 
 Rules:
 1. A request is paid before it is answered, all of it, as soon as its header is there and it can begin. It may put a
-   bucket into debt: then nothing more goes until the debt is paid. So one request of 32 MiB passes any cap, late.
+   bucket into debt: then nothing more goes until the debt is paid. So one request of 32 MiB passes any cap, late; and
+   none is in debt for more, whatever length it claims, because all connections have to wait for it.
 2. What is saved up in idle times is at most BURST_S of the rate.
 """
 
@@ -19,7 +20,6 @@ from nbdram.protocol import wire
 
 BURST_S: Final = 0.1
 _NO_LIMIT: Final = float("inf")
-_PAYING: Final = frozenset((wire.Command.READ, wire.Command.WRITE))
 
 
 class Admission(NamedTuple):
@@ -77,6 +77,13 @@ class Pace:
             delay = self.delay_s()
             if delay:
                 return Admission(at, at, delay)
-            self.pay(1, length if command in _PAYING else 0)
+            self.pay(1, _bytes_of(command, length))
             at += layout.size + payload
         return Admission(end, min(at, end), 0.0)
+
+
+def _bytes_of(command: int, length: int) -> int:
+    """What a request moves. A READ of more than the maximum is refused; the payload of such a WRITE still comes."""
+    if command == wire.Command.WRITE:
+        return min(length, wire.MAX_PAYLOAD_BYTES)
+    return length if command == wire.Command.READ and length <= wire.MAX_PAYLOAD_BYTES else 0

@@ -53,6 +53,7 @@ class Program:
         self.dense = bool(first & 8)
         self.has_contexts = not first & 16 and self.mode is not ReplyMode.SIMPLE
         self.is_tight = bool(first & 32)
+        self.is_paced = 192 <= first < 224
         self.read_only = first >= 224
         self._data = data
         self._at = 1

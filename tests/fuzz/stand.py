@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
 
+from nbdram.access import Rules
 from nbdram.memory.backing import allocated_bytes
 from nbdram.memory.budget import Budget
 from nbdram.memory.reclaim import Reclaimer
 from nbdram.memory.tiers.disk import DiskTier, SwapArea
 from nbdram.server.exports import Exports
+from nbdram.server.pace import Pace
 from nbdram.server.service import Service
 from tests.helpers import CLUSTER, PAGE, hot_pages, index_pages
 
@@ -54,6 +56,21 @@ class _AtOnce:
 
     def shutdown(self) -> None:
         pass
+
+
+class _Caps(Pace):
+    """Caps whose time passes with each look at the clock; who must wait does so until the loop's next round."""
+
+    def __init__(self) -> None:
+        self._looks = 0
+        super().__init__(Rules(iops=50, bandwidth=2_000_000), self._time)
+
+    def _time(self) -> float:
+        self._looks += 1
+        return self._looks / 100
+
+    def delay_s(self) -> float:
+        return min(super().delay_s(), 1e-9)
 
 
 failures: Final = _Failures()
@@ -100,6 +117,7 @@ class Stand:
         self.service.fetcher._readers = _at_once  # type: ignore[assignment]
 
     def ready(self, program: Program) -> None:
+        self.export.pace = _Caps() if program.is_paced else None
         self.budget.hope()
         self.budget.set_limit(self.budget.overhead_pages * PAGE + (TIGHT if program.is_tight else ROOMY))
         self.service.batches = self.service.served_since = 0

@@ -49,6 +49,7 @@ REACHABLE: Final = (
     "nbdram.access",
     "nbdram.server.connection",
     "nbdram.server.commands",
+    "nbdram.server.pace",
     "nbdram.server.views",
     "nbdram.memory.budget",
     "nbdram.memory.codec",

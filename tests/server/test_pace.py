@@ -61,6 +61,15 @@ def test_a_request_larger_than_the_cap_passes_and_is_paid_off_afterwards() -> No
     assert admit(pace, reads(1, 1)).end == 28
 
 
+@pytest.mark.parametrize("mode", [SIMPLE, EXTENDED])
+def test_a_length_that_is_only_claimed_makes_nobody_wait(mode: ReplyMode) -> None:
+    pace, _ = capped(bandwidth=MIB)
+    claimed = request(mode, Command.READ, 0, 2**64 - 1 if mode is EXTENDED else 2**32 - 1)
+    assert admit(pace, claimed * 2, mode=mode) == (2 * len(claimed), 2 * len(claimed), 0.0)
+    admit(pace, request(SIMPLE, Command.WRITE, 0, 2**32 - 1))
+    assert pace.delay_s() < 33, "a WRITE is in debt for more than the maximum"
+
+
 def test_trims_and_flushes_count_as_requests_but_not_as_bytes() -> None:
     pace, _ = capped(iops=1000, bandwidth=KIB)
     said = request(SIMPLE, Command.TRIM, 0, GIB) + request(SIMPLE, Command.FLUSH) * 98
