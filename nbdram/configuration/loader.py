@@ -271,8 +271,8 @@ class _Loader:
 
                 load_certificates(tls)
             return tls
-        for name in ("tls.certificate", "tls.key", "tls.client_ca"):
-            if name in self._values:
+        for name in ("tls.certificate", "tls.key", "tls.client_ca", "tls.mode"):
+            if name in self._values and self._values[name] != "allow":
                 told = "TLS takes both a certificate and its key: give both (--tls-cert FILE --tls-key FILE)"
                 self._mistakes.append(self._place_of(name)(told))
                 break
@@ -308,8 +308,16 @@ def _variable_place(key: Key) -> Place:
     return lambda told: f"{key.variable}: {told.removeprefix(f'{key.flag} ') if key.flag else told}"
 
 
+_QUOTES: Final = ("'", '"')
+
+
 def _flag_place(key: Key) -> Place:
-    return lambda told: told if told.startswith(f"{key.flag} ") else f"{key.flag} {told}"
+    def place(told: str) -> str:
+        if told.startswith(f"{key.flag} "):
+            return told
+        return f"{key.flag}{' ' if told.startswith(('must ', *_QUOTES)) else ': '}{told}"
+
+    return place
 
 
 def _suggestion(name: str, known: list[str]) -> str:

@@ -233,7 +233,7 @@ class Server:
             web = WebServer(endpoint, {**pages(self), **status_pages(self, self._history)})
         except NbdramError as error:
             if self.settings.metrics_required:
-                raise
+                raise NbdramError(f"no metrics and no status page: {error}") from error
             log.warning("no metrics and no status page: %s", error)
             return None
         self._history.start()

@@ -198,6 +198,7 @@ readonly = true
         ("[exports.a]\nsize = true", "2: exports.a.size: true is not a size: write it with a unit and in quotes"),
         ("[exports.a]\nsize = 4096\ndescription = ''", "3: exports.a.description: '' is not what is expected"),
         ('[tls]\nkey = "/x"', "2: tls.key: TLS takes both a certificate and its key: give both"),
+        ('[tls]\nmode = "require"', "2: tls.mode: TLS takes both a certificate and its key: give both"),
         ('[tls]\ncertificate = "/x"\nkey = "/y"', "2: tls.certificate: can't read /x: No such file or directory"),
         ('swap = ["disk:"]', "1: swap: 'disk:': write disk:PATH or disk:PATH,max=SIZE"),
         ('swap = ["redis://u:p@h"]', "1: swap: 'h': everybody could read the password"),
@@ -210,6 +211,14 @@ readonly = true
 def test_a_mistake_is_told_with_what_was_expected(loading: Loader, text: str, told: str) -> None:
     (mistake,) = loading.refused(text)
     assert mistake.startswith(told)
+
+
+def test_a_mistake_in_flags_is_told_with_the_flag(loading: Loader) -> None:
+    assert loading.refused("", None, **{"tls.mode": "require"}) == [
+        "--tls: TLS takes both a certificate and its key: give both (--tls-cert FILE --tls-key FILE)"
+    ]
+    assert loading.refused("", memory="1M") == ["--memory must be at least 32 MiB: the server itself needs half of it"]
+    assert loading("", None, **{"tls.mode": "allow"}).tls is None
 
 
 def test_what_others_mean_by_our_prefix_is_let_alone(loading: Loader) -> None:
