@@ -57,9 +57,14 @@ ROWS: dict[str, list[Panel]] = {
             "Budget used",
             "percentunit",
             f"{total('nbdram_memory_used_bytes')} / {total('nbdram_memory_budget_bytes')}",
-            help="Reclaim works between 85 and 90 %; writers wait near 100 %.",
+            help="Once there is more data than fits, reclaim keeps this at some 95 %: that is as it should be.",
         ),
-        one("RAM per stored byte", "percentunit", f"avg (nbdram_ram_per_stored_byte_ratio{{{HERE}}})"),
+        one(
+            "RAM per stored byte",
+            "percentunit",
+            f"avg (nbdram_ram_per_stored_byte_ratio{{{HERE}}})",
+            help="Below 100 %: cold data is compressed, or on disk.",
+        ),
         one("Connections", "short", total("nbdram_connections")),
         one("Damaged images", "short", total("nbdram_integrity_errors_total"), help="Anything but 0 is lost data."),
         Panel(
@@ -106,7 +111,9 @@ ROWS: dict[str, list[Panel]] = {
                 (total("nbdram_resident_bytes", EXPORT), "resident"),
                 (total("nbdram_compressed_bytes", EXPORT), "compressed"),
                 (total("nbdram_disk_bytes", EXPORT), "on disk"),
+                (total("nbdram_remote_bytes", EXPORT), "remote"),
             ),
+            help="As it is in RAM; compressed in RAM; compressed and encrypted on disk, or on other machines.",
             stacked=True,
         ),
         Panel(
@@ -114,7 +121,12 @@ ROWS: dict[str, list[Panel]] = {
             "ops",
             ((rate("nbdram_faults_total", EXPORT, "export, source"), "{{export}}, {{source}}"),),
         ),
-        Panel("Pages faulted back", "ops", ((rate("nbdram_refaulted_pages_total", EXPORT, "export"), "{{export}}"),)),
+        Panel(
+            "Pages faulted back",
+            "ops",
+            ((rate("nbdram_refaulted_pages_total", EXPORT, "export"), "{{export}}"),),
+            help="They had been reclaimed, and were needed again.",
+        ),
         Panel("Errors", "ops", ((rate("nbdram_request_errors_total", EXPORT, "export"), "{{export}}"),)),
     ],
     "Memory and paging": [
@@ -129,6 +141,7 @@ ROWS: dict[str, list[Panel]] = {
                 (total("nbdram_memory_budget_bytes"), "budget"),
             ),
             width=12,
+            help="All that the server holds in RAM, and the line that it keeps below.",
             stacked=True,
         ),
         Panel(
@@ -152,7 +165,12 @@ ROWS: dict[str, list[Panel]] = {
             (("instance:nbdram_refaulted_working_set:ratio5m", "{{instance}}"),),
             help="Above 0.2 % the budget is too small for what is being used.",
         ),
-        Panel("Reclaim, clusters", "ops", ((rate("nbdram_reclaim_clusters_total", by="result"), "{{result}}"),)),
+        Panel(
+            "Reclaim, clusters",
+            "ops",
+            ((rate("nbdram_reclaim_clusters_total", by="result"), "{{result}}"),),
+            help="Clusters of 64 KiB, by what became of them. Thrown away: they were touched meanwhile.",
+        ),
         Panel(
             "Writes that wait for memory",
             "ops",
@@ -182,7 +200,12 @@ ROWS: dict[str, list[Panel]] = {
         ),
         Panel("Handshakes that failed", "ops", ((rate("nbdram_handshake_failures_total", by="reason"), "{{reason}}"),)),
         Panel("Connections that broke the protocol", "ops", ((rate("nbdram_protocol_errors_total"), "closed"),)),
-        Panel("Event loop late, 99 of 100", "s", ((quantile(0.99, "nbdram_event_loop_lag_seconds"), "late by"),)),
+        Panel(
+            "Event loop late, 99 of 100",
+            "s",
+            ((quantile(0.99, "nbdram_event_loop_lag_seconds"), "late by"),),
+            help="Far above a millisecond: the process gets no CPU, or was swapped out.",
+        ),
         Panel(
             "CPU",
             "percentunit",
@@ -256,17 +279,40 @@ def _panel(panel: Panel, place: Json) -> Json:
     if panel.kind == "timeseries":
         made["fieldConfig"]["defaults"]["custom"] = custom
         made["options"] = {"legend": {"displayMode": "list", "placement": "bottom"}, "tooltip": {"mode": "multi"}}
+    overrides = [_in_color(series, color) for series, color in _COLORS.items() if panel.stacked]
     if panel.title == "Budget":
-        made["fieldConfig"]["overrides"] = [_as_line("budget")]
+        overrides.append(_as_line("budget"))
+    if panel.title == "Writes that wait for memory":
+        overrides.append(_override("wait now", {"unit": "short"}))
+    made["fieldConfig"]["overrides"] = overrides
     return made
+
+
+# As on the status page.
+_COLORS = {
+    "the server itself": "#8e99a8",
+    "index": "#6a7688",
+    "resident": "#0072b2",
+    "compressed": "#e69f00",
+    "on disk": "#a6528a",
+    "remote": "#009e73",
+}
+
+
+def _in_color(series: str, color: str) -> Json:
+    return _override(series, {"color": {"mode": "fixed", "fixedColor": color}})
 
 
 def _as_line(series: str) -> Json:
     """A limit is a line above what is stacked, not a part of it."""
     line = {"stacking": {"mode": "none"}, "fillOpacity": 0, "lineStyle": {"fill": "dash"}}
+    return _override(series, {f"custom.{name}": value for name, value in line.items()})
+
+
+def _override(series: str, properties: Json) -> Json:
     return {
         "matcher": {"id": "byName", "options": series},
-        "properties": [{"id": f"custom.{name}", "value": value} for name, value in line.items()],
+        "properties": [{"id": name, "value": value} for name, value in properties.items()],
     }
 
 

@@ -289,6 +289,20 @@ FAMILIES: Final = (
         _server(lambda s: s.exports.budget.limit_pages * PAGE),
     ),
     Family(
+        "nbdram_memory_reclaim_start_bytes",
+        "gauge",
+        "Use of the budget from which on reclaim works.",
+        (),
+        _server(lambda s: (s.exports.budget.limit_pages - s.exports.budget.wake_below) * PAGE),
+    ),
+    Family(
+        "nbdram_memory_write_wait_bytes",
+        "gauge",
+        "Use of the budget from which on writes wait.",
+        (),
+        _server(lambda s: (s.exports.budget.limit_pages - s.exports.budget.reserve_pages) * PAGE),
+    ),
+    Family(
         "nbdram_memory_used_bytes",
         "gauge",
         "RAM that counts against the budget.",
