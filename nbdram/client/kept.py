@@ -46,7 +46,7 @@ _RESPAWN_S: Final = 2.0
 # How long the kernel lets a request wait before it looks for another connection: a server of ours answers all that
 # it can at once; others may take seconds to flush, and a request that always takes longer would be sent for ever.
 _PATIENCE_MS: Final = 400
-_PATIENCE_WITH_SEVERAL_MS: Final = 600
+_PATIENCE_WITH_SEVERAL_MS: Final = 300
 _PATIENCE_WITH_SEVERAL_OF_OTHERS_MS: Final = 3000
 _MOST_PATIENT_MS: Final = 10_000
 
