@@ -21,7 +21,7 @@ from nbdram.errors import NbdramError
 SOCKET_NAME: Final = "keeper.sock"
 DOOR_NAME: Final = "keeper.door"
 LOG_NAME: Final = "keeper.log"
-_START_TIMEOUT_S: Final = 30.0
+_START_TIMEOUT_S: Final = 90.0  # a machine that boots may be busy
 _ANSWER_TIMEOUT_S: Final = 120.0
 _ROOTS: Final = "the keeper's socket is root's: run it as root, or with sudo"
 
