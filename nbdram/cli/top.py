@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         from nbdram.observe.top import screen
     except ImportError:
-        raise NbdramError("nbdram top draws with the library rich: pip install 'nbdram[top]'") from None
+        raise NbdramError("nbdram top draws with the library rich, which is not there: pip install rich") from None
     console = Console()
     before = ask(arguments.control, "status")
     if arguments.once or not console.is_terminal:

@@ -273,7 +273,9 @@ class Exports:
         old = device.size
         if size < old:
             if not shrink:
-                raise UsageError(f"{name!r} has {format_size(old)}: to make it smaller must be asked for (shrink)")
+                raise UsageError(
+                    f"{name!r} has {format_size(old)}: to make it smaller, add --shrink (in a request, shrink)"
+                )
             end = min(old, (device.last_cluster() + 1) * CLUSTER)
             if size < end:
                 raise Conflict(f"{name!r} has data up to {format_size(end)}: trim it first, or choose at least that")

@@ -108,7 +108,10 @@ def test_without_the_library_it_is_told_how_to_get_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "rich.live", None)
     assert main(["top"]) == 1
-    assert capsys.readouterr().err == "nbdram: nbdram top draws with the library rich: pip install 'nbdram[top]'\n"
+    assert (
+        capsys.readouterr().err
+        == "nbdram: nbdram top draws with the library rich, which is not there: pip install rich\n"
+    )
 
 
 def test_an_interval_that_makes_no_sense_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

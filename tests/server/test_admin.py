@@ -102,7 +102,7 @@ async def test_an_export_is_removed_while_it_is_being_paged_out(shm: Path, tmp_p
         ("POST", "exports", [1], 400, "object in JSON"),
         ("DELETE", "exports/nobody", None, 404, "no export called 'nobody'"),
         ("POST", "exports/nobody/resize", {"size": "1G"}, 404, "no export called 'nobody'"),
-        ("POST", "exports/ram/resize", {"size": "1G"}, 400, "asked for"),
+        ("POST", "exports/ram/resize", {"size": "1G"}, 400, "add --shrink"),
         ("POST", "exports/ram/paint", {}, 404, "there is no POST"),
         ("GET", "nothing", None, 404, "there is no GET"),
     ],
