@@ -91,6 +91,7 @@ def fill_or_verify(uri: str, size: int, *, verify: bool) -> None:
         "--verify=crc32c",
         f"--do_verify={verify:d}",
         "--verify_fatal=1",
+        "--verify_state_save=0",
         "--refill_buffers=1",
         "--buffer_compress_percentage=50",
     ]
