@@ -5,10 +5,12 @@ starts the server again if it dies; a file system, unless there is one; the moun
 is taken up instead of made.
 """
 
+import fcntl
 import os
 import shutil
 import subprocess
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -64,6 +66,7 @@ def mount(wanted: Wanted) -> MountNote:
     place = Place(wanted.name)
     with ExitStack() as lock, all_or_nothing() as steps:  # what is undone is undone under the lock
         lock.enter_context(place.locked())
+        lock.enter_context(_alone_at(wanted.point))
         kept = _what_was_kept(place)
         note = _note(wanted, place, kept)
         steps.undo_with(_forget, place, kept)
@@ -76,6 +79,19 @@ def mount(wanted: Wanted) -> MountNote:
         if kept and note.size > kept.size and note.kind in FILE_SYSTEMS:
             filesystems.grow(FILE_SYSTEMS[note.kind], Path(note.device), wanted.point)
         return note
+
+
+@contextmanager
+def _alone_at(point: Path) -> Iterator[None]:
+    """Keep mounts of other names from the same directory meanwhile: one would hide the other."""
+    descriptor = os.open(point, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise NbdramError(f"something is being mounted at {point} right now: choose another directory") from None
+    finally:
+        os.close(descriptor)
 
 
 def check_point(point: Path, *, nonempty: bool) -> None:
@@ -175,7 +191,7 @@ def _mount(wanted: Wanted, place: Place, note: MountNote, steps: Steps) -> Mount
         if system is None:
             raise UsageError(filesystems.cannot_make(note.kind))
         filesystems.make(system, device, journal=wanted.journal)
-    check_point(point, nonempty=True)  # another mount, of another name, may have been quicker
+    check_point(point, nonempty=True)  # a mount of another name may have been quicker
     options = [system.options if system else _UNKNOWN_OPTIONS, wanted.options]
     steps.undo_with(_unmount, point, note.device)
     filesystems.mount(note.kind, ",".join(filter(None, options)), device, point)
