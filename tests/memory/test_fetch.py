@@ -218,6 +218,8 @@ async def test_what_comes_next_is_read_while_the_client_has_not_asked_for_it(ful
     ahead = ReadAhead(fetcher)
     await read_in_order(full, fetcher, ahead, CLUSTER, 3 * CLUSTER)
     await begun(full, 3 + 4)  # the window has doubled once
+    while fetcher.is_reading(full.device):
+        await asyncio.sleep(0.001)
     assert full.loads == 3 + 4
     images = fetcher.at_hand(full.device, 3 * CLUSTER, 4 * CLUSTER)
     assert images
