@@ -14,7 +14,7 @@ from tests.helpers import PATIENCE_S
 from tests.kernel.guest import NBD_PORT, PAUSE, SERVER_ADDRESS, Guest, Result, end, pauses
 
 TOOLS = {"mkfs.ext4": "e2fsprogs", "fio": "fio", "nbdkit": "nbdkit"}
-TIMEOUT_S = 240
+TIMEOUT_S = 600
 
 # What the kernel says when a device lost data or a file system noticed.
 BAD = re.compile(

@@ -12,7 +12,7 @@ import pytest
 from tests.kernel.guest import PAUSE, Guest, Result, Server, pauses, require_tools
 
 MIB = 1 << 20
-TIMEOUT_S = 120
+TIMEOUT_S = 300
 TOOLS = {"nbd-client": "nbd-client", "mkfs.ext4": "e2fsprogs", "fio": "fio", "ss": "iproute2"}
 
 # RAM is compared before and after. So the journal is small, as it is zeroed when it is made, and inode tables are not

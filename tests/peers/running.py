@@ -15,7 +15,7 @@ from urllib.parse import quote
 import pytest
 
 PAGE = 4096
-TIMEOUT_S = 60
+TIMEOUT_S = 180
 # libnbd's Python module is Debian's and fits only Debian's Python.
 DEBIAN_PYTHON = "/usr/bin/python3"
 DEBIAN_SCRIPTS = Path(__file__).parent / "debian"
