@@ -5,6 +5,7 @@ Disks are read in worker threads of ours; a remote has its own.
 
 import asyncio
 import time
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
@@ -23,7 +24,7 @@ from nbdram.memory.layout import (
     Tier,
 )
 from nbdram.memory.mailbox import Mailbox
-from nbdram.memory.readahead import Kept
+from nbdram.memory.readahead import KEPT
 from nbdram.memory.recent import Recent
 from nbdram.memory.space import FarImage
 
@@ -43,7 +44,7 @@ class Fetcher:
         self.turns = asyncio.Semaphore(_TURNS)
         self.short_turns = asyncio.Semaphore(_SHORT_TURNS)  # for reads within one cluster
         self.holding = Holding()
-        self._kept = Kept()
+        self._kept: deque[FarImage] = deque(maxlen=KEPT)  # what was read ahead, until it is the oldest
         self.fetched = 0
         self.times = Recent()
         self.seconds = Histogram()
@@ -106,8 +107,8 @@ class Fetcher:
     def fetch_ahead(self, device: Device, cluster: int) -> None:
         """Begin to read an image that will probably be wanted soon, if it is on disk or in a remote."""
         image = self._begin(device, cluster)
-        if image.is_current:
-            self._kept.add(image)
+        if image.is_current and image not in self._kept:
+            self._kept.append(image)
 
     def _begin(self, device: Device, cluster: int) -> FarImage:
         """The image of a cluster, which is being read if it was not there yet; not current if there is none to read."""

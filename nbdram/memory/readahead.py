@@ -4,11 +4,9 @@ Only for images on disk or in a remote; what is in RAM is decompressed when it i
 part of its cluster is kept as well, for the rest.
 """
 
-from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from nbdram.memory.layout import CLUSTER_SHIFT
-from nbdram.memory.space import FarImage
 
 if TYPE_CHECKING:
     from nbdram.memory.device import Device
@@ -16,21 +14,7 @@ if TYPE_CHECKING:
 
 FIRST_WINDOW: Final = 2  # clusters; it doubles with each READ that goes on where the last one ended
 MOST: Final = 16
-_KEPT: Final = 2 * MOST  # images of a server's clients, all together: 2 MiB at most
-
-
-class Kept:
-    """The images that were read ahead, until they are the oldest: a server has one of these."""
-
-    def __init__(self) -> None:
-        self._images: deque[FarImage] = deque(maxlen=_KEPT)
-
-    def add(self, image: FarImage) -> None:
-        if image not in self._images:
-            self._images.append(image)
-
-    def clear(self) -> None:
-        self._images.clear()
+KEPT: Final = 2 * MOST  # images that were read ahead, of all clients together: 2 MiB at most
 
 
 class ReadAhead:
