@@ -49,6 +49,7 @@ class Codec:
     def __init__(self, block_bytes: int = 16 * 1024, level: int = 0) -> None:
         self._how = {"mode": "high_compression", "compression": level} if level else {"mode": "default"}
         self.block_bytes = block_bytes
+        self.level = level
         self._blocks = CLUSTER // block_bytes
         self._header = Struct(f"<{2 * self._blocks}I")
         self._zeros = bytes(block_bytes)
@@ -82,6 +83,12 @@ class Codec:
             return None
         parts[0] = self._header.pack(*lengths, *sums)
         return parts
+
+    def content(self, image: memoryview | bytes, start: int, end: int) -> list[memoryview | bytes]:
+        """Bytes [start, end) of a cluster, whose image may have been stored raw; IntegrityError as `decode`."""
+        if len(image) == CLUSTER:
+            return [memoryview(image)[start:end]]
+        return self.decode(image, start, end)
 
     def decode(self, image: memoryview | bytes, start: int, end: int) -> list[memoryview | bytes]:
         """Bytes [start, end) of the cluster, in pieces; IntegrityError if they are not what was stored."""

@@ -165,9 +165,7 @@ class Device(Space):
         content = self.ram.load(cluster, word >> SLOT_SHIFT & 1, length) if image is None else image
         if len(content) != length:
             raise IntegrityError("a cold image is not as long as it was")
-        if length == CLUSTER:
-            return [memoryview(content)[start:end]]
-        return self.codec.decode(content, start, end)
+        return self.codec.content(content, start, end)
 
     def note_damage(self, cluster: int, error: IntegrityError) -> None:
         """Count a damaged image, and log the first time; whoever needs it gets EIO, the rest of the device goes on."""
@@ -186,7 +184,7 @@ class Device(Space):
         """A cluster's image from wherever it is; may block."""
         slot, length = word >> SLOT_SHIFT & 1, word >> LENGTH_SHIFT & LENGTH_MASK
         if word >> TIER_SHIFT & TIER_MASK == Tier.RAM:
-            return bytes(self.ram.load(cluster, slot, length))
+            return self.ram.fetch(cluster, slot, length)
         return self.far_tier(word).load(cluster, slot, length)
 
     def _fault(self, cluster: int, start: int, end: int, image: bytes | None = None) -> None:

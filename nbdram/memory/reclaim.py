@@ -1,7 +1,7 @@
 """Keeps memory within its budget: cold clusters are compressed, and their pages given back.
 
-Runs on the event loop in small steps; only compression itself is done by worker threads, a batch at a time
-(lz4 gives the interpreter lock away). Rules:
+Runs on the event loop in small steps; only compression itself is done elsewhere, a batch at a time: by a process of its
+own, or where memory is too scarce for one by a thread (lz4 gives the interpreter lock away). Rules:
 
 1. A victim is idle: its reference byte says so before it is compressed. Reads and writes always set it to touched;
    if that happened by the time the image is there, or the word changed, the image is thrown away.
@@ -29,24 +29,21 @@ from typing import Final
 
 from nbdram.memory.budget import Budget
 from nbdram.memory.clock import Clock
-from nbdram.memory.codec import INCOMPRESSIBLE_BYTES, IntegrityError
+from nbdram.memory.codec import IntegrityError
 from nbdram.memory.device import Device
 from nbdram.memory.layout import (
-    CLUSTER,
-    CLUSTER_SHIFT,
     DIRTY_SHIFT,
-    LENGTH_SHIFT,
     PAGE,
     RESIDENT,
-    SLOT_SHIFT,
     TIER_MASK,
     TIER_SHIFT,
     Reference,
     Tier,
     cold_word,
-    page_runs,
 )
 from nbdram.memory.mailbox import Mailbox
+from nbdram.memory.packer import Packer
+from nbdram.memory.packing import FAILED, INCOMPRESSIBLE, STUCK, ZEROS, content_of, free_slot, pack
 from nbdram.memory.space import cold_reference
 from nbdram.memory.verdict import Verdict
 
@@ -65,10 +62,8 @@ _HOPELESS_S: Final = 5.0  # clients that touch everything all the time are waite
 _PAUSE_S: Final = 0.0005  # after a round
 # Where there is a disk or a remote, images in RAM may take this share of the budget.
 _IMAGE_SHARE: Final = 0.5
-
-_ZEROS: Final = 0  # the image of a cluster of zeros
-_STUCK: Final = -1  # there is none: it would not compress, or there is no room
-_FAILED: Final = -2  # there is none, for a reason that may pass
+# The least budget that has room for a process which compresses.
+_PROCESS_FROM: Final = 128 << 20
 
 
 class ReclaimCounters:
@@ -89,7 +84,7 @@ class _Job:
     device: Device
     cluster: int
     word: int
-    image: int = _FAILED  # the word that describes the image that was stored
+    image: int = FAILED  # the word that describes the image that was stored
     storing: "Future[None] | None" = None  # below RAM; until it is done, `image` is a hope
     error: Exception | None = None  # that nobody expects
 
@@ -97,13 +92,15 @@ class _Job:
 class Reclaimer:
     """Watches one budget over the devices that `devices()` returns."""
 
-    def __init__(self, budget: Budget, devices: Callable[[], Sequence[Device]]) -> None:
+    def __init__(self, budget: Budget, devices: Callable[[], Sequence[Device]], packer: Packer | None = None) -> None:
+        """`packer`: the process that compresses, if there may be one."""
         self.counters = ReclaimCounters()
         self._budget = budget
         self._devices = devices
         self._clock = Clock(Reference.IDLE)
         self._image_clock = Clock(Reference.COLD)
         self._workers = ThreadPoolExecutor(1, thread_name_prefix="nbdram-compress")
+        self._packer = packer
         self._wanted = asyncio.Event()
         self._complained = False
         self._verdict = Verdict()
@@ -114,7 +111,7 @@ class Reclaimer:
         self._at_work: dict[asyncio.Task[None], list[_Job]] = {}
 
     def start(self) -> None:
-        self._budget.set_overhead(anonymous_bytes() // PAGE)
+        self._budget.set_overhead(self._overhead_bytes() // PAGE)
         self._budget.attach(self._wanted.set, self._measure)
         self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._watch())]
 
@@ -125,6 +122,8 @@ class Reclaimer:
         if self._at_work:
             await asyncio.wait(self._at_work)
         self._workers.shutdown()
+        if self._packer:
+            await self._packer.stop()
 
     async def _watch(self) -> None:
         """What the process itself takes counts too."""
@@ -135,10 +134,17 @@ class Reclaimer:
             self._measure()
             free = self._budget.free_pages
 
+    def _overhead_bytes(self) -> int:
+        own = anonymous_bytes()
+        if self._packer and self._packer.pid:
+            with suppress(OSError):
+                own += anonymous_bytes(self._packer.pid)
+        return own
+
     def _measure(self) -> None:
         budget = self._budget
         try:
-            budget.set_overhead(anonymous_bytes() // PAGE)
+            budget.set_overhead(self._overhead_bytes() // PAGE)
         except Exception as error:  # too many open files, say
             self._surprised(error)
         if budget.free_pages >= budget.wake_below:
@@ -254,7 +260,8 @@ class Reclaimer:
     async def _work(self, jobs: list[_Job]) -> None:
         """Have a batch stored. Those that would not be stay where they are."""
         try:
-            await asyncio.get_running_loop().run_in_executor(self._workers, _store, jobs)
+            if rest := await self._pack(jobs):
+                await asyncio.get_running_loop().run_in_executor(self._workers, _store, rest)
         except BrokenExecutor:  # it will never do anything again
             self._workers = ThreadPoolExecutor(1, thread_name_prefix="nbdram-compress")
             raise
@@ -265,6 +272,24 @@ class Reclaimer:
                     await storing
                 except Exception as error:
                     _not_stored(job, error)
+
+    async def _pack(self, jobs: list[_Job]) -> list[_Job]:
+        """Have the process store what it can; returns what is left for a thread to do."""
+        packer = self._packer
+        if packer is None or self._budget.limit_pages * PAGE < _PROCESS_FROM:
+            return jobs
+        packer.start()
+        if not packer.is_ready:
+            return jobs
+        near = [job for job in jobs if job.word & RESIDENT and job.word >> TIER_SHIFT & TIER_MASK <= Tier.RAM]
+        if near:
+            images = await packer.pack([(job.device, job.cluster, job.word) for job in near])
+            for job, image in zip(near, images, strict=True):
+                stuck = image == INCOMPRESSIBLE and not job.device.has_far_room(job.cluster)
+                job.image = STUCK if stuck else image
+                if not packer.is_ready:  # it was lost, perhaps in the middle of an image
+                    job.device.release_stray(job.cluster)
+        return [job for job in jobs if job.image in (FAILED, INCOMPRESSIBLE)]
 
     async def _collect(self) -> None:
         done, _ = await asyncio.wait(self._at_work, return_when=asyncio.FIRST_COMPLETED)
@@ -294,12 +319,11 @@ class Reclaimer:
                 self._gains += 1
             if job.image > 0:
                 device.discard_image(cluster, job.image)
-            device.release_stray(cluster)
-        elif job.image == _ZEROS:
+        elif job.image == ZEROS:
             self.counters.zeros += 1
             self._gains += 1
             device.clear(cluster)
-        elif job.image == _STUCK:
+        elif job.image == STUCK:
             if job.word & RESIDENT:
                 self.counters.incompressible += 1
                 device.references[cluster] = Reference.STUCK
@@ -324,25 +348,23 @@ def _store(jobs: list[_Job]) -> None:
 def _not_stored(job: _Job, error: Exception) -> None:
     """All stays where it is: there is no room now, or the old image is damaged, or nobody knows why."""
     log.debug("%s: cluster %d can't be reclaimed: %s", job.device.name, job.cluster, error)
-    job.image = _STUCK if isinstance(error, IntegrityError) else _FAILED
-    traceback.clear_frames(error.__traceback__)  # they have views of `hot`
+    job.image = STUCK if isinstance(error, IntegrityError) else FAILED
+    traceback.clear_frames(error.__traceback__)
     if not isinstance(error, OSError):
         job.error = error
 
 
 def _store_image(job: _Job) -> int:
-    """Compress what is resident; the word of the image, or _ZEROS or _STUCK."""
-    device, cluster = job.device, job.cluster
-    content = _content(job)
-    image = device.codec.encode(content)
-    if image is None:
-        return _ZEROS
-    length = sum(map(len, image))
-    if length <= INCOMPRESSIBLE_BYTES:
-        slot = _free_slot(job.word, Tier.RAM)
-        device.ram.store(cluster, slot, image)
-        return cold_word(length, slot, Tier.RAM)
-    return _store_below(job, bytes(content))
+    """Compress what is resident; the word of the image, or ZEROS or STUCK."""
+    device, cluster, word = job.device, job.cluster, job.word
+    hot, is_far = device.backing.hot_fd, word >> TIER_SHIFT & TIER_MASK > Tier.RAM
+    old = device.load_image(cluster, word) if is_far and word & RESIDENT != RESIDENT else None
+    image = job.image
+    if image != INCOMPRESSIBLE:
+        image = pack(hot, device.ram, device.codec, cluster, word, old)
+    if image == INCOMPRESSIBLE:
+        return _store_below(job, bytes(content_of(hot, device.ram, device.codec, cluster, word, old)))
+    return image
 
 
 def _demote(job: _Job) -> int:
@@ -351,40 +373,17 @@ def _demote(job: _Job) -> int:
 
 
 def _store_below(job: _Job, image: bytes) -> int:
-    """Have an image stored in the first tier below RAM that has room; the word of it, or _STUCK."""
+    """Have an image stored in the first tier below RAM that has room; the word of it, or STUCK."""
     for tier in job.device.far_tiers():
         if tier.has_room(job.cluster):
-            slot = _free_slot(job.word, tier.tier)
+            slot = free_slot(job.word, tier.tier)
             job.storing = tier.submit(job.cluster, slot, image)
             return cold_word(len(image), slot, tier.tier)
-    return _STUCK
+    return STUCK
 
 
-def _free_slot(word: int, tier: Tier) -> int:
-    """The slot of a tier that the cluster's present image is not in."""
-    return 1 - (word >> SLOT_SHIFT & 1) if word >> TIER_SHIFT & TIER_MASK == tier else 0
-
-
-def _content(job: _Job) -> memoryview:
-    """The cluster's 64 KiB: what is resident, over what its old image holds."""
-    device, word = job.device, job.word
-    base = job.cluster << CLUSTER_SHIFT
-    if word & RESIDENT == RESIDENT:
-        return device.hot_view[base : base + CLUSTER]
-    content = bytearray(CLUSTER)
-    if word >> LENGTH_SHIFT:
-        at = 0
-        for piece in device.decode_quietly(job.cluster, word, 0, CLUSTER, device.load_image(job.cluster, word)):
-            content[at : at + len(piece)] = piece
-            at += len(piece)
-    for first, after in page_runs(word & RESIDENT):
-        start, end = first * PAGE, after * PAGE
-        content[start:end] = device.hot_view[base + start : base + end]
-    return memoryview(content)
-
-
-def anonymous_bytes() -> int:
-    """This process's private memory (RssAnon), in bytes."""
-    with open("/proc/self/statm", "rb", buffering=0) as file:
+def anonymous_bytes(pid: int | None = None) -> int:
+    """The private memory (RssAnon) of a process, this one if none is said, in bytes."""
+    with open(f"/proc/{pid or 'self'}/statm", "rb", buffering=0) as file:
         _, resident, shared, *_ = file.read().split()
     return (int(resident) - int(shared)) * mmap.PAGESIZE

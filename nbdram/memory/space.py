@@ -449,13 +449,10 @@ class Space:
         return found
 
     def release_stray(self, cluster: int) -> None:
-        """Punch what a worker's look at pages that went away meanwhile has made the kernel allocate."""
-        base = cluster << CLUSTER_SHIFT
-        for first, after in page_runs(~self.word(cluster) & RESIDENT):
-            self.release(base + first * PAGE, base + after * PAGE, 0)
+        """Punch the slots in RAM that hold no image of a cluster: somebody may have stored a part of one."""
         word = self.word(cluster)
         in_use = word >> SLOT_SHIFT & 1 if word >> TIER_SHIFT & TIER_MASK == Tier.RAM else -1
-        for slot in (0, 1):  # likewise its look at an image that was dropped
+        for slot in (0, 1):
             if slot != in_use:
                 self.ram.drop(cluster, slot, CLUSTER)
 

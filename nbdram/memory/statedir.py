@@ -141,6 +141,11 @@ class StateDirectory:
             os.close(self._fd)
             raise
 
+    @property
+    def lock_fd(self) -> int:
+        """The descriptor by which the directory is locked: whoever has it too keeps it locked."""
+        return self._fd
+
     def close(self) -> None:
         """Let others have it."""
         os.close(self._fd)

@@ -25,6 +25,7 @@ from nbdram.errors import NbdramError
 from nbdram.memory.budget import Budget
 from nbdram.memory.layout import PAGE
 from nbdram.memory.moving import Mover
+from nbdram.memory.packer import Packer
 from nbdram.memory.pressure import INTERVAL_S, AutoBudget, pressure_file
 from nbdram.memory.reclaim import Reclaimer
 from nbdram.memory.recovery import sweep, sweep_remote
@@ -81,7 +82,9 @@ class Server:
                 self.state.close()
             raise
         self.exports: Exports = Exports(budget, self.areas, self.state, self.remote, remote_first=settings.remote_first)
-        self.reclaimer: Reclaimer = Reclaimer(budget, self.exports.devices)
+        self.reclaimer: Reclaimer = Reclaimer(
+            budget, self.exports.devices, Packer([self.state.lock_fd] if self.state else ())
+        )
         self.service: Service = Service(self.exports)
         self.service.limits = settings.limits
         self.service.write_wait_s = settings.write_wait_s

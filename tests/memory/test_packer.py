@@ -1,0 +1,192 @@
+"""A process of its own makes the images: the same as a thread would, and nothing is lost when it is."""
+
+import asyncio
+import os
+import random
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from nbdram.memory import packer as packer_module
+from nbdram.memory import packing
+from nbdram.memory.budget import Budget
+from nbdram.memory.codec import Codec
+from nbdram.memory.device import Device
+from nbdram.memory.layout import CLUSTER_SHIFT, RESIDENT, SLOT_SHIFT
+from nbdram.memory.packer import Packer
+from nbdram.memory.reclaim import Reclaimer, anonymous_bytes
+from tests.helpers import CLUSTER, MIB, PAGE, eventually, running
+
+LIMIT = 192 * MIB
+COUNT = 2 * LIMIT // CLUSTER  # clusters; half of them fit
+
+
+def text(cluster: int, generation: int = 0) -> bytes:
+    """Compresses to a quarter."""
+    chance = random.Random(cluster << 8 | generation)
+    return (chance.randbytes(1024) + bytes(3 * 1024)) * 16
+
+
+@pytest.fixture(params=[Codec(), Codec.dense()], ids=["blocks", "dense"])
+def device(request: pytest.FixtureRequest) -> Iterator[Device]:
+    made = Device("paged", 2 * COUNT * CLUSTER, Budget(LIMIT), request.param)
+    yield made
+    made.close()
+
+
+@asynccontextmanager
+async def started() -> AsyncIterator[Packer]:
+    packer = Packer()
+    packer.start()
+    try:
+        await eventually(lambda: packer.is_ready)
+        yield packer
+    finally:
+        await packer.stop()
+
+
+@asynccontextmanager
+async def reclaiming(device: Device) -> AsyncIterator[Packer]:
+    packer = Packer()
+    reclaimer = Reclaimer(device.budget, lambda: [device], packer)
+    reclaimer.start()
+    device.budget.set_limit(LIMIT + device.budget.overhead_pages * PAGE)
+    try:
+        yield packer
+    finally:
+        await reclaimer.stop()
+
+
+async def fill(device: Device, first: int, generation: int = 0) -> None:
+    """Like a client that waits for memory."""
+    async with asyncio.timeout(60):
+        for cluster in range(first, COUNT):
+            while True:
+                try:
+                    device.write(cluster * CLUSTER, text(cluster, generation))
+                    break
+                except OSError:
+                    await asyncio.sleep(0.001)
+            if not cluster % 16:
+                await asyncio.sleep(0)
+
+
+def image_of(device: Device, cluster: int, word: int) -> bytes:
+    pieces = device.decode_quietly(cluster, word, 0, CLUSTER, device.load_image(cluster, word))
+    return b"".join(pieces)
+
+
+async def test_all_kinds_of_clusters_are_packed_as_a_thread_would(device: Device) -> None:
+    noise = random.Random(1).randbytes(CLUSTER)
+    contents = {0: text(0), 1: noise, 2: bytes(CLUSTER), 3: text(3)[: 5 * PAGE] + bytes(11 * PAGE)}
+    for cluster, content in contents.items():
+        device.write(cluster * CLUSTER, content)
+    list(device.trim(3 * CLUSTER + 5 * PAGE, 4 * CLUSTER))
+    async with started() as packer:
+        wanted = [(device, cluster, device.words[cluster]) for cluster in contents]
+        whole, noisy, zeros, part = await packer.pack(wanted)
+        assert (noisy, zeros) == (packing.INCOMPRESSIBLE, packing.ZEROS)
+        assert image_of(device, 0, whole) == contents[0]
+        assert image_of(device, 3, part) == contents[3]
+        # A page over an image: the image's other pages are in the next one, which is in the other slot.
+        device.take_image(0, whole)
+        device.write(7 * PAGE, b"n" * PAGE)
+        merged = contents[0][: 7 * PAGE] + b"n" * PAGE + contents[0][8 * PAGE :]
+        assert device.words[0] & RESIDENT == 1 << 7
+        (over,) = await packer.pack([(device, 0, device.words[0])])
+        assert over >> SLOT_SHIFT & 1 != whole >> SLOT_SHIFT & 1
+        assert image_of(device, 0, over) == merged == device.read(0, CLUSTER)
+        device.take_image(0, over)
+        device.take_image(3, part)
+
+
+async def test_an_old_image_that_is_damaged_is_left_to_a_thread_to_tell(device: Device) -> None:
+    device.write(0, text(0))
+    async with started() as packer:
+        (image,) = await packer.pack([(device, 0, device.words[0])])
+        device.take_image(0, image)
+        os.pwrite(device.ram.fd, b"?" * 64, 0)
+        device.write(PAGE, b"n" * PAGE)
+        assert await packer.pack([(device, 0, device.words[0])]) == [packing.FAILED]
+
+
+async def test_under_load_the_process_does_the_work_and_its_memory_counts(device: Device) -> None:
+    async with reclaiming(device) as packer:
+        await fill(device, 0)
+        await eventually(lambda: packer.is_ready)
+        await fill(device, 0, 1)
+        pid = packer.pid
+        assert pid
+        assert anonymous_bytes(pid) > MIB
+        await eventually(lambda: device.budget.overhead_pages * PAGE >= anonymous_bytes() + anonymous_bytes(pid) - MIB)
+        await eventually(lambda: not device.reclaiming)
+        assert device.cold_clusters > COUNT // 4
+        assert device.cold_pages * PAGE == device.ram.allocated_bytes()
+        for cluster in range(COUNT):
+            assert device.read(cluster * CLUSTER, CLUSTER) == text(cluster, 1)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+async def test_nothing_is_lost_with_the_process_and_another_one_comes(
+    device: Device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(packer_module, "_AGAIN_S", 0.0)
+    async with reclaiming(device) as packer:
+        await fill(device, 0)
+        killed = set()
+        for generation in range(1, 6):
+            await eventually(lambda: packer.is_ready)
+            assert packer.pid
+            os.kill(packer.pid, signal.SIGKILL)
+            killed.add(packer.pid)
+            await fill(device, 0, generation)
+        assert len(killed) == 5
+        await eventually(lambda: not device.reclaiming)
+        assert device.cold_pages * PAGE == device.ram.allocated_bytes()
+        for cluster in range(COUNT):
+            assert device.read(cluster * CLUSTER, CLUSTER) == text(cluster, 5)
+    assert "the process that compresses has gone" in caplog.text
+    assert "reclaim had an error" not in caplog.text
+
+
+async def test_signals_to_all_of_a_group_do_not_end_the_process() -> None:
+    async with started() as packer:
+        assert packer.pid
+        os.kill(packer.pid, signal.SIGTERM)
+        os.kill(packer.pid, signal.SIGINT)
+        made = Device("small", MIB, Budget(MIB))
+        made.write(0, text(0))
+        assert (await packer.pack([(made, 0, made.words[0])]))[0] > 0
+        made.release_stray(0)
+        made.close()
+
+
+async def test_where_no_process_can_be_started_a_thread_compresses(
+    device: Device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(packer_module.sys, "executable", "/nowhere/python")
+    async with reclaiming(device) as packer:
+        await fill(device, 0)
+        assert not packer.is_ready
+        assert device.cold_clusters > COUNT // 4
+    assert caplog.text.count("no process can be started to compress in, a thread does it: No such file") == 1
+
+
+async def test_a_server_that_is_killed_takes_the_process_with_it_and_the_directory_is_free(tmp_path: Path) -> None:
+    arguments = ("--export", "ram=1G", "--memory", "192M", "--state-dir", str(tmp_path / "state"))
+    (tmp_path / "sockets").mkdir()
+    async with running(tmp_path / "sockets", *arguments) as server, await server.entered() as client:
+        for at in range(0, 384 * MIB, MIB):
+            await client.write(at, b"".join(text(at + n >> CLUSTER_SHIFT) for n in range(0, MIB, CLUSTER)))
+        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+        await eventually(lambda: children.read_text().strip() != "")
+        child = int(children.read_text())
+        server.process.kill()
+        await server.process.wait()
+        await eventually(lambda: not Path(f"/proc/{child}").exists())
+    async with running(tmp_path / "sockets", *arguments) as server, await server.entered() as client:
+        for at in range(0, 384 * MIB, MIB):
+            assert await client.read(at, CLUSTER) == text(at >> CLUSTER_SHIFT)
