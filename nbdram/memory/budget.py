@@ -152,11 +152,14 @@ class Budget:
             self._refused = 1
             raise OSError(errno.ENOSPC, "the memory budget is used up")
 
-    def has_spare(self) -> bool:
-        """Whether there is memory for what need not be resident, but had better be. If not, some is reclaimed."""
+    def has_spare(self, *, much: bool = False) -> bool:
+        """Whether there is memory for what need not be resident, but had better be. If not, some is reclaimed.
+
+        `much`: so much that reclaim has nothing to do for a while.
+        """
         if self.free_pages > self.wake_below:
-            return True
-        if self.reclaim:
+            return not much or self.free_pages > 2 * self.stop_above
+        if self.reclaim and not much:
             self.reclaim()
         return False
 

@@ -5,10 +5,10 @@ skipped through the index file's own holes. On a real ext4 trace this was as goo
 and S3-FIFO: the client's page cache has already absorbed the re-use that those feed on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from nbdram.memory.layout import Reference
+from nbdram.memory.layout import SECOND_CHANCES, Reference
 
 if TYPE_CHECKING:
     from nbdram.memory.device import Device
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 # How many clusters a hand looks at in one go: some tens of microseconds.
 _SLICE: Final = 1 << 16
 
-# Each state without its second chance is the one before it.
-_SECOND_CHANCES = bytes((Reference.TOUCHED, Reference.COLD_TOUCHED, Reference.FAR_TOUCHED, Reference.REMOTE_TOUCHED))
 _FREED = bytes.maketrans(bytes((Reference.STUCK,)), bytes((Reference.IDLE,)))
 
 Victim = tuple["Device", int]  # a device and one of its clusters
@@ -26,13 +24,13 @@ Victim = tuple["Device", int]  # a device and one of its clusters
 class Clock:
     """One hand over all devices, that stops at clusters whose reference byte is `wanted`.
 
-    Clusters that it passes lose their second chance (touched becomes idle) if it `ages` their state.
+    Clusters that it passes lose their second chance: what it `ages`, each state to another one.
     """
 
-    def __init__(self, wanted: Reference, *, ages: bytes = _SECOND_CHANCES) -> None:
+    def __init__(self, wanted: Reference, ages: Mapping[int, int] = SECOND_CHANCES) -> None:
         self._wanted = bytes((wanted,))
-        self._ages = ages
-        self._aged = bytes.maketrans(ages, bytes(state - 1 for state in ages))
+        self._ages = bytes(ages)
+        self._aged = bytes.maketrans(self._ages, bytes(ages.values()))
         self._device = 0
         self._cluster = 0
         self.aged = 0  # clusters that have lost their second chance
@@ -58,16 +56,16 @@ class Clock:
             found.append((device, at))
             at += 1
         stop = after if at < 0 else at
-        if self._ages:
-            # What is being compressed keeps its mark of a touch: reclaim looks for it when the image is there.
-            touched = [cluster for cluster in device.reclaiming if references[cluster] == Reference.TOUCHED]
-            passed = references[start:stop]
-            self.aged += sum(map(passed.count, self._ages)) - len(touched)
-            aged = passed.translate(self._aged)
-            if device.has_far_room():  # what would not compress had to stay while there was none
-                aged = aged.translate(_FREED)
-            references[start:stop] = aged
-            for cluster in touched:
-                references[cluster] = Reference.TOUCHED
+        # What is being compressed keeps its mark of a touch: reclaim looks for it when the image is there.
+        kept = [(cluster, references[cluster]) for cluster in device.reclaiming if start <= cluster < stop]
+        passed = references[start:stop]
+        aged = passed.translate(self._aged)
+        self.aged += len(passed) - len(passed.translate(None, self._ages))
+        self.aged -= sum(state in self._ages for _, state in kept)
+        if device.has_far_room():  # what would not compress had to stay while there was none
+            aged = aged.translate(_FREED)
+        references[start:stop] = aged
+        for cluster, state in kept:
+            references[cluster] = state
         self._cluster = stop
         return found, False

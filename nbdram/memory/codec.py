@@ -29,6 +29,7 @@ _ZERO_BLOCK_BYTES: Final = 300
 _compress = lz4.block.compress
 _decompress = lz4.block.decompress
 _checksum = xxhash.xxh3_64_intdigest
+_NO_MATCH: Final = "the checksum of a cold image does not match"
 _CHECKSUM_OF_NOTHING: Final = _checksum(b"") & 0xFFFFFFFF
 
 
@@ -52,6 +53,7 @@ class Codec:
         self.level = level
         self._blocks = CLUSTER // block_bytes
         self._header = Struct(f"<{2 * self._blocks}I")
+        self._unpack = self._header.unpack_from
         self._zeros = bytes(block_bytes)
 
     @classmethod
@@ -91,21 +93,38 @@ class Codec:
         return self.decode(image, start, end)
 
     def decode(self, image: memoryview | bytes, start: int, end: int) -> list[memoryview | bytes]:
-        """Bytes [start, end) of the cluster, in pieces; IntegrityError if they are not what was stored."""
+        """Bytes [start, end) of the cluster, in pieces; IntegrityError if they are not what was stored.
+
+        Nothing of it is a view of the image, which may be dropped while the pieces wait to be sent.
+        """
         if len(image) < self._header.size:
             raise IntegrityError("a cold image was cut off")
-        fields = self._header.unpack_from(image)
-        count, size = self._blocks, self.block_bytes
-        first, last = start // size, (end - 1) // size
+        fields = self._unpack(image)
+        size = self.block_bytes
+        first = start // size
         at = self._header.size + sum(fields[:first])
         pieces: list[memoryview | bytes] = []
-        for number in range(first, last + 1):
+        base = first * size
+        for number in range(first, (end - 1) // size + 1):
             length = fields[number]
-            block = self._block(image[at : at + length], length, fields[count + number])
+            packed = image[at : at + length]
+            if _checksum(packed) & 0xFFFFFFFF != fields[self._blocks + number] or len(packed) != length:
+                raise IntegrityError(_NO_MATCH)
             at += length
-            base = number * size
-            low, high = max(start - base, 0), min(end - base, size)
-            pieces.append(block if high - low == size else memoryview(block)[low:high])
+            if length == size:
+                block = bytes(packed)
+            elif length:
+                try:
+                    block = _decompress(packed, uncompressed_size=size)
+                except lz4.block.LZ4BlockError as error:
+                    raise IntegrityError("a cold image can't be decompressed") from error
+            else:
+                block = self._zeros
+            if start <= base and base + size <= end:
+                pieces.append(block)
+            else:
+                pieces.append(memoryview(block)[start - base if start > base else 0 : end - base])
+            base += size
         return pieces
 
     def check(self, image: memoryview | bytes) -> None:
@@ -115,21 +134,7 @@ class Codec:
         fields = self._header.unpack_from(image)
         at = self._header.size
         for length, checksum in zip(fields[: self._blocks], fields[self._blocks :], strict=True):
-            self._match(image[at : at + length], length, checksum)
+            packed = image[at : at + length]
+            if _checksum(packed) & 0xFFFFFFFF != checksum or len(packed) != length:
+                raise IntegrityError(_NO_MATCH)
             at += length
-
-    def _match(self, packed: memoryview | bytes, length: int, checksum: int) -> None:
-        if len(packed) != length or _checksum(packed) & 0xFFFFFFFF != checksum:
-            raise IntegrityError("the checksum of a cold image does not match")
-
-    def _block(self, packed: memoryview | bytes, length: int, checksum: int) -> memoryview | bytes:
-        if not length and checksum == _CHECKSUM_OF_NOTHING:
-            return self._zeros
-        self._match(packed, length, checksum)
-        if length == self.block_bytes:
-            return bytes(packed)  # a view may still wait to be sent when the image is dropped
-        try:
-            block: bytes = _decompress(packed, uncompressed_size=self.block_bytes)
-        except lz4.block.LZ4BlockError as error:
-            raise IntegrityError("a cold image can't be decompressed") from error
-        return block

@@ -23,9 +23,12 @@ from nbdram.memory.layout import (
     LENGTH_SHIFT,
     PAGE,
     PAGE_SHIFT,
+    READ_ONCE,
+    READ_ONCE_BESIDE,
     READ_TOUCH,
     RESIDENT,
     RESIDENT_AND_DIRTY,
+    RESIDENT_MASKS,
     SLOT_SHIFT,
     TIER_MASK,
     TIER_SHIFT,
@@ -43,6 +46,7 @@ log = logging.getLogger("nbdram.device")
 
 _MISSING_LOGGED: Final = 100  # a remote may lose all it had: more are only counted
 _SAMPLED_FAULTS: Final = 63  # every 64th fault from RAM is timed
+_COLD: Final = int(Reference.COLD)
 _ALL_TOUCHED: Final = bytes((TOUCHED,)) * WORDS_PER_PAGE
 
 Buffer = bytes | memoryview
@@ -119,30 +123,33 @@ class Device(Space):
     def read_cold(self, cluster: int, offset: int, end: int) -> list[Buffer] | None:
         """The bytes [offset, end) of a cluster, none of them resident, from its image in RAM.
 
-        None if the case is another one. The first time they are read through; when the cluster is read again before
-        the clock's hand comes by, the pages become resident, if there is memory.
+        None if the case is another one. The first time they are read through; when the same are read again before the
+        clock's hand comes by, the pages become resident, if there is memory. If there is much, any of the cluster do.
         """
         word = self.words[cluster]
-        if word & pages_within(cluster, offset, end) or word >> TIER_SHIFT & TIER_MASK != Tier.RAM:
+        within = offset & CLUSTER - 1
+        mask = RESIDENT_MASKS[within >> PAGE_SHIFT << 4 | within + end - offset - 1 >> PAGE_SHIFT]
+        if word & mask or word >> TIER_SHIFT & TIER_MASK != Tier.RAM:
             return None
         self.ram_faults += 1
-        if not self.ram_faults & _SAMPLED_FAULTS:
-            begun = time.perf_counter()
-            content = self._read_image(cluster, word, offset, end)
-            seconds = time.perf_counter() - begun
-            self.ram_fault_times.add(seconds)
-            self.ram_fault_seconds.observe(seconds, _SAMPLED_FAULTS + 1)
-            return content
-        return self._read_image(cluster, word, offset, end)
+        if self.ram_faults & _SAMPLED_FAULTS:
+            return self._read_image(cluster, word, offset, end)
+        begun = time.perf_counter()
+        content = self._read_image(cluster, word, offset, end)
+        seconds = time.perf_counter() - begun
+        self.ram_fault_times.add(seconds)
+        self.ram_fault_seconds.observe(seconds, _SAMPLED_FAULTS + 1)
+        return content
 
     def _read_image(self, cluster: int, word: int, offset: int, end: int) -> list[Buffer]:
-        reference = self.references[cluster]
         base = cluster << CLUSTER_SHIFT
-        if reference == Reference.COLD:
-            self.references[cluster] = Reference.COLD_TOUCHED
-        elif reference == IDLE:
-            self.references[cluster] = TOUCHED
-        elif self.budget.has_spare():
+        page = offset - base >> PAGE_SHIFT
+        reference = self.references[cluster]
+        if reference == _COLD:
+            self.references[cluster] = READ_ONCE + page
+        elif reference <= TOUCHED:
+            self.references[cluster] = READ_ONCE_BESIDE + page
+        elif self.budget.has_spare(much=reference >= READ_ONCE and reference & 15 != page):
             start = offset & ~(PAGE - 1)
             self._fault(cluster, start, min(base + CLUSTER, -(-end // PAGE) * PAGE))
             return [self.hot_view[offset:end]]
@@ -154,6 +161,9 @@ class Device(Space):
         IntegrityError if it is damaged.
         """
         try:
+            length = word >> LENGTH_SHIFT & LENGTH_MASK
+            if image is None and length != CLUSTER:  # as `decode_quietly` has it, in one call less
+                return self.codec.decode(self.ram.load(cluster, word >> SLOT_SHIFT & 1, length), start, end)
             return self.decode_quietly(cluster, word, start, end, image)
         except IntegrityError as error:
             self.note_damage(cluster, error)

@@ -59,7 +59,6 @@ class Reference(IntEnum):
     TOUCHED = 2
     STUCK = 3  # would not compress: left alone until it is written again, or there is room below RAM
     COLD = 4  # no page is resident, the image is in RAM
-    COLD_TOUCHED = 5
     FAR = 6  # no page is resident, the image is on disk
     FAR_TOUCHED = 7
     REMOTE = 8  # no page is resident, the image is in the memory of other machines
@@ -68,6 +67,19 @@ class Reference(IntEnum):
 
 IDLE: Final = int(Reference.IDLE)
 TOUCHED: Final = int(Reference.TOUCHED)
+# A page was read out of the image in RAM: the cluster is touched, and its reference byte tells the page. It is one of
+# these and the page's number, the second if other pages of the cluster are resident. When the same page is read again
+# before the clock's hand comes by, it becomes resident.
+READ_ONCE: Final = 16
+READ_ONCE_BESIDE: Final = 32
+# What the clock's hand makes of those that were touched: it takes away their second chance.
+SECOND_CHANCES: Final[dict[int, int]] = {
+    TOUCHED: IDLE,
+    Reference.FAR_TOUCHED: Reference.FAR,
+    Reference.REMOTE_TOUCHED: Reference.REMOTE,
+    **dict.fromkeys(range(READ_ONCE, READ_ONCE + PAGES_PER_CLUSTER), Reference.COLD),
+    **dict.fromkeys(range(READ_ONCE_BESIDE, READ_ONCE_BESIDE + PAGES_PER_CLUSTER), Reference.IDLE),
+}
 # What a READ makes of the reference bytes of clusters whose pages are all resident.
 READ_TOUCH: Final = bytes.maketrans(bytes((IDLE,)), bytes((TOUCHED,)))
 # The reference byte of an idle cluster without resident pages, by the tier of its image.

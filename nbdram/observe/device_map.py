@@ -12,7 +12,15 @@ from functools import lru_cache
 from typing import Final
 
 from nbdram.memory.device import Device
-from nbdram.memory.layout import CLUSTER, PAGES_PER_CLUSTER, RESIDENT, TIER_SHIFT, WORD_BYTES, Reference
+from nbdram.memory.layout import (
+    CLUSTER,
+    PAGES_PER_CLUSTER,
+    RESIDENT,
+    SECOND_CHANCES,
+    TIER_SHIFT,
+    WORD_BYTES,
+    Reference,
+)
 
 MAX_CELLS: Final = 1200
 _MAX_SPANS: Final = 4096  # of a device that is scattered more, the rest is not drawn
@@ -20,7 +28,7 @@ _CELLS_AT_ONCE: Final = 32
 _CLUSTERS_AT_ONCE: Final = 4096
 _REST_S: Final = 0.00005
 
-_HOT: Final = (Reference.TOUCHED, Reference.COLD_TOUCHED, Reference.FAR_TOUCHED, Reference.REMOTE_TOUCHED)
+_HOT: Final = bytes(SECOND_CHANCES)
 
 Span = tuple[int, int]  # clusters [first, after)
 
@@ -110,7 +118,7 @@ def _cell(device: Device, pieces: list[Span], per_cell: int) -> bytes:
             stop = min(after, at + _CLUSTERS_AT_ONCE)
             references = device.references[at:stop]
             stored += len(references) - references.count(Reference.HOLE)
-            hot += sum(references.count(reference) for reference in _HOT)
+            hot += len(references) - len(references.translate(None, _HOT))
             found = _pages_by_tier(device.backing.index[at * WORD_BYTES : stop * WORD_BYTES])
             pages = [one + more for one, more in zip(pages, found, strict=True)]
     in_cell = per_cell * PAGES_PER_CLUSTER

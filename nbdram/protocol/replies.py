@@ -87,8 +87,8 @@ class StructuredReplies:
 
     def data(self, cookie: int, offset: int, length: int, start: int, *, last: bool) -> bytes:
         """The head of an OFFSET_DATA chunk of `length` bytes of the device from `start`."""
-        body = start.to_bytes(8, "big")
-        return self._chunk(cookie, offset, ReplyType.OFFSET_DATA, body, last, length)
+        flags = REPLY_FLAG_DONE if last else 0
+        return wire.READ_DATA.pack(wire.STRUCTURED_REPLY_MAGIC, flags, ReplyType.OFFSET_DATA, cookie, length + 8, start)
 
     def hole(self, cookie: int, offset: int, start: int, length: int, *, last: bool) -> bytes:
         return self._chunk(cookie, offset, ReplyType.OFFSET_HOLE, wire.HOLE.pack(start, length), last)
@@ -105,6 +105,9 @@ class ExtendedReplies(StructuredReplies):
 
     def done(self, cookie: int, offset: int) -> bytes:
         return self.none(cookie, offset)
+
+    def data(self, cookie: int, offset: int, length: int, start: int, *, last: bool) -> bytes:
+        return self._chunk(cookie, offset, ReplyType.OFFSET_DATA, start.to_bytes(8, "big"), last, length)
 
     def _chunk(self, cookie: int, offset: int, kind: int, body: bytes, last: bool, more: int = 0) -> bytes:
         flags = REPLY_FLAG_DONE if last else 0

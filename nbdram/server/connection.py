@@ -513,8 +513,9 @@ class Connection(asyncio.BufferedProtocol):
             return False
         out.append(self.replies.data(cookie, offset, stop - offset, offset, last=True))
         out += content
-        self._count(wire.Command.READ)
-        self.count_read(stop - offset)
+        counters = self.export.counters
+        counters.operations["read"] += 1
+        counters.read_bytes += stop - offset
         self.copied(out, stop - offset)
         return True
 

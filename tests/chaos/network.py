@@ -188,7 +188,11 @@ async def cut_off(world: World, seconds: float) -> str:
         await asyncio.sleep(silence)
         if number == len(silences):
             for client in list(world.clients):
-                client.kill()  # its FIN or RST gets lost: the server has a connection whose client is gone
+                # What it has sent and nobody has got is forgotten: it would come in after what its successor writes.
+                # Its RST gets lost: the server has a connection whose client is gone.
+                sock = client.writer.get_extra_info("socket")
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                client.kill()
         wire.cut = False
         await world.everybody_gets_on(10)
     told = ", ".join(f"{silence:.1f}" for silence in silences)

@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 import signal
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -167,7 +168,7 @@ async def test_signals_to_all_of_a_group_do_not_end_the_process() -> None:
 async def test_where_no_process_can_be_started_a_thread_compresses(
     device: Device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(packer_module.sys, "executable", "/nowhere/python")
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
     async with reclaiming(device) as packer:
         await fill(device, 0)
         assert not packer.is_ready

@@ -11,9 +11,10 @@ import os
 from typing import Final
 
 from nbdram.memory.backing import no_huge_pages
-from nbdram.memory.layout import CLUSTER, PAGE, round_up
+from nbdram.memory.layout import CLUSTER, CLUSTER_SHIFT, PAGE, round_up
 
 _WINDOW_SHIFT: Final = 38  # 256 GiB
+_WITHIN_WINDOW: Final = (1 << _WINDOW_SHIFT) - 1
 
 
 def image_pages(length: int) -> int:
@@ -46,14 +47,17 @@ class RamTier:
 
     def load(self, cluster: int, slot: int, length: int) -> memoryview:
         """A view of an image; valid until the slot is dropped."""
-        at = _offset(cluster, slot)
-        base = at & ((1 << _WINDOW_SHIFT) - 1)
-        return self._window(at)[1][base : base + length]
+        at = 2 * cluster + slot << CLUSTER_SHIFT
+        base = at & _WITHIN_WINDOW
+        window = self._windows.get(at >> _WINDOW_SHIFT)
+        if window is None or base >= len(window[1]):
+            window = self._window(at)
+        return window[1][base : base + length]
 
     def drop(self, cluster: int, slot: int, length: int) -> None:
         """Give the pages of a slot back."""
         at = _offset(cluster, slot)
-        base = at & ((1 << _WINDOW_SHIFT) - 1)
+        base = at & _WITHIN_WINDOW
         self._window(at)[0].madvise(mmap.MADV_REMOVE, base, round_up(length, PAGE))
 
     def allocated_bytes(self) -> int:
@@ -61,7 +65,7 @@ class RamTier:
 
     def _window(self, at: int) -> tuple[mmap.mmap, memoryview]:
         window = self._windows.get(at >> _WINDOW_SHIFT)
-        if window is None or at & ((1 << _WINDOW_SHIFT) - 1) >= len(window[0]):  # the device has grown since
+        if window is None or at & _WITHIN_WINDOW >= len(window[0]):  # the device has grown since
             start = at >> _WINDOW_SHIFT << _WINDOW_SHIFT
             length = min(1 << _WINDOW_SHIFT, os.fstat(self.fd).st_size - start)
             area = mmap.mmap(self.fd, length, offset=start)

@@ -193,10 +193,11 @@ async def test_a_full_server_keeps_what_it_has_and_takes_more_when_there_is_room
         async with modelled(tmp_path, of(lone)) as (server, model):
             remote = server.server.remote
             assert remote
-            for at in range(model.clusters):
-                if not await was_taken(model, at) or remote.failing:
-                    break
-            await eventually(lambda: remote.failing)
+            at = 0
+            async with asyncio.timeout(PATIENCE_S):
+                while not remote.failing:  # what is written over is dropped there, and makes room
+                    await was_taken(model, at % model.clusters)
+                    at += 1
             await model.check()
             lone.call("CONFIG", "SET", "maxmemory", 0)
             async with asyncio.timeout(PATIENCE_S):
@@ -207,7 +208,7 @@ async def test_a_full_server_keeps_what_it_has_and_takes_more_when_there_is_room
             await model.check()
     finally:
         lone.call("CONFIG", "SET", "maxmemory", 0)
-    assert caplog.text.count("can't store cold data: it has no memory left") == 1
+    assert "can't store cold data: it has no memory left" in caplog.text
     assert "cold data can be stored again" in caplog.text
 
 
