@@ -394,6 +394,7 @@ class Connection(asyncio.BufferedProtocol):
         out: list[Buffer] = []
         append = out.append
         done = bytearray()  # what acknowledges the WRITEs
+        cold = False  # something was read out of an image
         reads = writes = read_bytes = written_bytes = 0
         batch_end = _MAX_BATCH_BYTES
         at = 0
@@ -423,6 +424,7 @@ class Connection(asyncio.BufferedProtocol):
                                 references[cluster] = TOUCHED
                             resident = True
                         elif self._read_cold(out, cluster, cookie, offset, stop):
+                            cold = True
                             at += header_bytes
                             if self._stalled:
                                 break
@@ -495,7 +497,7 @@ class Connection(asyncio.BufferedProtocol):
             self._send(out)
             if sample:
                 self._end_sample(*sample)
-            if reads >= _DOZE_FROM and service.last_served is self and not self._stalled:
+            if reads >= _DOZE_FROM and not cold and service.last_served is self and not self._stalled:
                 time.sleep(min(reads * _DOZE_PER_READ_S, _DOZE_MAX_S))
         self.active = True
         if service.last_served is not self:
