@@ -9,8 +9,8 @@ is tied down, and why that way:
 - The kernel and all that it forks live in a PID namespace: one kill ends them together. Process 1 there
   is a shell, because a panic of UML ends in abort(), which process 1 would survive, spinning.
 - All of it runs on one CPU, the last: kernel and program are two processes that wait for each other, and waking one on
-  another CPU takes longer than what it does there. Measured on two vCPUs: a page fault 80 us, not 260; a system call 15,
-  not 48; the start of Python 0.16 s, not 0.45.
+  another CPU takes longer than what it does there. Measured on two vCPUs: a page fault 80 us, not 260; a system call
+  15, not 48; the start of Python 0.16 s, not 0.45.
 - Every child dies with its parent (PDEATHSIG: with the *thread* that started it, so start servers and
   guests from one that stays), and has a session of its own: Ctrl-C reaches the harness alone, and
   clean-up keeps its order.
@@ -322,7 +322,7 @@ def pauses(share: Path, look: Callable[[str], None]) -> Callable[[str], None]:
 
 @cache
 def compile_program() -> None:
-    """What an installed program has, and a checkout need not have: a guest, where it would take longest, can't write."""
+    """What an installed program has and a checkout may lack. A guest, where it would take longest, can't write it."""
     compileall.compile_dir(CHECKOUT / "nbdram", quiet=2)
 
 
