@@ -186,10 +186,13 @@ def test_the_way_back_is_not_interrupted(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_signal_that_comes_when_all_is_done_comes_too_late() -> None:
     before = signal.getsignal(signal.SIGTERM)
+    undone: list[str] = []
     try:
-        with all_or_nothing():
-            pass
+        with all_or_nothing() as steps:
+            steps.undo_with(undone.append, "all that was done")
         os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        assert not undone
     finally:
         for number in (signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

@@ -223,7 +223,8 @@ def test_a_mistake_in_flags_is_told_with_the_flag(loading: Loader) -> None:
 
 def test_what_others_mean_by_our_prefix_is_let_alone(loading: Loader) -> None:
     kubernetes = {"NBDRAM_SERVICE_HOST": "x", "NBDRAM_METRICS_PORT_9810_TCP_ADDR": "x", "NBDRAM_PORT": "tcp://x"}
-    loading("", {**kubernetes, "NBDRAM_OPTIONS": "x", "NBDRAM_CONFIG": "x", "NBDRAM_MEMORY": ""})
+    others = {**kubernetes, "NBDRAM_OPTIONS": "x", "NBDRAM_CONFIG": "x", "NBDRAM_MEMORY": ""}
+    assert loading("memory = '1G'", others) == loading("memory = '1G'")
 
 
 def test_rules_of_variables_may_be_numbers(loading: Loader) -> None:

@@ -257,3 +257,4 @@ async def test_a_disk_that_fails_ahead_of_the_client_fails_nobody_who_does_not_c
         await asyncio.sleep(0.001)
     full.error = None
     await read_in_order(full, fetcher, ReadAhead(fetcher), CLUSTER, MIB)
+    assert full.device.integrity_errors == 0

@@ -183,6 +183,8 @@ async def test_a_device_that_is_closed_while_it_is_compressed_does_not_end_recla
         doomed.close()
         for cluster in range(COUNT):
             await write(device, COUNT + cluster, text(cluster))
+        assert device.cold_clusters
+        assert all(device.read((COUNT + cluster) * CLUSTER, CLUSTER) == text(cluster) for cluster in range(COUNT))
     finally:
         may_go.set()
         await reclaimer.stop()

@@ -178,7 +178,9 @@ def _series(server: Served) -> set[str]:
 
 async def test_the_event_loops_lag_is_measured(tmp_path: Path) -> None:
     async with served(tmp_path) as server:
+        server.server.lag._due -= 1000
         await eventually(lambda: scrape(server)("nbdram_event_loop_lag_seconds_count") >= 1)
+        assert scrape(server)("nbdram_event_loop_lag_seconds_sum") >= 1000
 
 
 def test_the_reference_is_what_the_code_says() -> None:

@@ -5,13 +5,14 @@ that other clients are served as before. Rows that need no connection are in tes
 """
 
 import asyncio
+import logging
 import random
 import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from nbdram.protocol.handshake import ReplyMode
+from nbdram.protocol.handshake import Failure, ReplyMode
 from nbdram.protocol.wire import Command, CommandFlag, Option, OptionReply
 from tests.helpers import (
     ALL_MODES,
@@ -73,6 +74,11 @@ async def test_cve_2017_15119_an_option_of_4_gib_sent_slowly_starves_nobody(tmp_
         assert held < 2 * MIB
 
 
+def failures(here: Served) -> dict[str, int]:
+    """How handshakes have failed so far, and how often."""
+    return {failure: count for failure, count in here.server.service.counters.handshake_failures.items() if count}
+
+
 WHOLE_HANDSHAKE = (
     client_flags()
     + option(Option.STRUCTURED_REPLY)
@@ -82,13 +88,17 @@ WHOLE_HANDSHAKE = (
 )
 
 
-async def test_cve_2017_7539_a_hang_up_after_any_byte_of_the_handshake_is_no_news(tmp_path: Path) -> None:
+async def test_cve_2017_7539_a_hang_up_after_any_byte_of_the_handshake_is_no_news(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async with served(tmp_path) as here:
         for length in range(len(WHOLE_HANDSHAKE)):
             client = await here.client()
             await client.send(WHOLE_HANDSHAKE[:length])
             client.kill()
         await here.all_gone()
+        assert failures(here) == {Failure.HUNG_UP: len(WHOLE_HANDSHAKE)}
+        assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
         await here.still_answers()
 
 
@@ -103,6 +113,7 @@ async def test_cve_2017_9524_garbage_in_the_handshake_ends_that_connection_only(
                 client.writer.write_eof()
                 await client.rest()
         await here.all_gone()
+        assert sum(failures(here).values()) == 20
         await here.still_answers()
 
 
@@ -125,6 +136,7 @@ async def test_cve_2024_7409_many_idle_half_handshakes_keep_nobody_out(tmp_path:
     async with served(tmp_path) as here:
         idle = [await here.client() for _ in range(300)]
         await here.still_answers()
+        assert len(here.connections) >= 300
         for client in idle:
             client.kill()
         await here.all_gone()

@@ -170,8 +170,12 @@ async def test_who_waits_for_its_turn_and_hangs_up_leaves_nothing_behind(tmp_pat
     async with served(tmp_path, exports=settings(iops=1)) as here:
         async with await here.entered() as client:
             await client.send(reads_of(client, 100))
-            await eventually(lambda: here.connection()._pausing is not None)
+            connection = here.connection()
+            await eventually(lambda: connection._pausing is not None)
         await here.all_gone()
+        assert connection._pausing
+        assert connection._pausing.cancelled()
+        assert connection.export.connections == 0
 
 
 async def test_requests_that_a_full_socket_holds_back_are_paid_once() -> None:

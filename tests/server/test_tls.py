@@ -22,6 +22,7 @@ from tests.helpers import (
     ALL_MODES,
     MIB,
     PATIENCE_S,
+    REPLY_MAGIC,
     Client,
     OptionAnswer,
     Served,
@@ -189,9 +190,9 @@ async def test_what_is_no_tls_fails_by_itself(tmp_path: Path, certificates: Cert
     async with secured(tmp_path, certificates) as here, await here.plain() as client:
         await client.ask(Option.STARTTLS)
         await client.send(said)
-        await client.rest()
-        await eventually(lambda: here.failures[Failure.TLS_FAILED] == 1)
+        assert REPLY_MAGIC not in await client.rest()
         await here.all_gone()
+        assert here.failures[Failure.TLS_FAILED] == 1
         await here.still_answers()
 
 
