@@ -8,6 +8,7 @@ from which the next run goes on; `findings/TARGET-...`, inputs that broke someth
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -63,7 +64,7 @@ class Fuzzing:
             "-len_control=20",
             f"-timeout={_EXECUTION_S}",
             f"-report_slow_units={_EXECUTION_S}",
-            f"-rss_limit_mb={_MEMORY_MIB}",
+            f"-rss_limit_mb={_limit_mib()}",
             f"-artifact_prefix={self.findings}/{target.name}-",
             "-print_final_stats=1",
         )
@@ -96,3 +97,8 @@ class Fuzzing:
         text = json.dumps({name: asdict(total) for name, total in self.totals.items()}, indent=1)
         self._file.with_suffix(".new").write_text(text)
         self._file.with_suffix(".new").replace(self._file)
+
+
+def _limit_mib() -> int:
+    """What a run may take: libFuzzer looks at the most there ever was, which begins with that of who starts it."""
+    return _MEMORY_MIB + (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
