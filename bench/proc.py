@@ -86,8 +86,17 @@ def memory(pid: int, memfd_prefix: str) -> Memory:
 
 
 def held_bytes(pid: int, memfd_prefix: str) -> int:
-    """RssAnon and memfds only: quick enough to be asked many times a second."""
-    return _kib_fields(Path(f"/proc/{pid}/status"))["RssAnon"] + _memfd_bytes(pid, memfd_prefix)
+    """RssAnon, that of children too, and memfds only: quick enough to be asked many times a second."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return sum(map(_rss_anon, (pid, *map(int, children)))) + _memfd_bytes(pid, memfd_prefix)
+
+
+def _rss_anon(pid: int) -> int:
+    """0 for a process that is gone."""
+    try:
+        return _kib_fields(Path(f"/proc/{pid}/status")).get("RssAnon", 0)
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
 
 
 def _kib_fields(path: Path) -> dict[str, int]:

@@ -121,9 +121,10 @@ class Server:
         return sum(files.values())
 
     def private_bytes(self) -> int:
-        """What the process takes beside its memory files: RssAnon."""
-        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) * 1024
+        """What the process, and the one that compresses for it, take beside the memory files: RssAnon."""
+        server = self.process.pid
+        children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
+        return sum(map(_rss_anon, (server, *map(int, children))))
 
     def script(self, text: str, export: str = "disk", uri: str = "") -> str:
         """Run lines of Python with libnbd; what they find in scope is in debian/prelude.py."""
@@ -187,3 +188,12 @@ def same_bytes(left: Path, right: Path, length: int) -> bool:
             if len(piece) != count or piece != other.read(count):
                 return False
     return True
+
+
+def _rss_anon(pid: int) -> int:
+    """The private memory of a process, in bytes; 0 if it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0) * 1024
