@@ -71,7 +71,8 @@ class Pace:
         while end - at >= layout.size:
             magic_flags_command = layout.unpack_from(received, at)
             flags, command, length = magic_flags_command[1], magic_flags_command[2], magic_flags_command[-1]
-            payload = length if command == wire.Command.WRITE or flags & wire.CommandFlag.PAYLOAD_LEN else 0
+            has_payload = command == wire.Command.WRITE or (extended and flags & wire.CommandFlag.PAYLOAD_LEN)
+            payload = length if has_payload else 0
             if payload and at + layout.size + payload > end and payload < direct_bytes:
                 break
             delay = self.delay_s()

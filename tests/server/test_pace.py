@@ -178,6 +178,24 @@ async def test_who_waits_for_its_turn_and_hangs_up_leaves_nothing_behind(tmp_pat
         assert connection.export.connections == 0
 
 
+@pytest.mark.parametrize("mode", [SIMPLE, ReplyMode.STRUCTURED])
+async def test_without_extended_headers_no_flag_brings_a_payload(mode: ReplyMode) -> None:
+    """A WRITE behind one that claims to was cut in its middle, and the rest of its payload was forgotten."""
+    async with wired(mode, size=GIB) as (wire, device):
+        pace, clock = capped(iops=20)
+        wire.connection.export.pace = pace
+        wire.connection.follow_pace()
+        claiming = wire.client.request(Command.CACHE, 0, DIRECT_BYTES, flags=CommandFlag.PAYLOAD_LEN)
+        data = bytes(range(256)) * (DIRECT_BYTES // 128)
+        write = wire.client.request(Command.WRITE, 0, payload=data)
+        feeding = asyncio.create_task(wire.feed(claiming + write + reads_of(wire.client, 1)))
+        await eventually(lambda: wire.connection._pausing is not None)
+        clock.now += 1
+        await feeding
+        assert sorted(answer.error for answer in (await wire.client.replies(3)).values()) == [0, 0, 22]
+        assert device.read(0, len(data)) == data
+
+
 async def test_requests_that_a_full_socket_holds_back_are_paid_once() -> None:
     async with wired(SIMPLE, size=GIB) as (wire, device):
         device.write(0, bytes([1]) * 65536)
