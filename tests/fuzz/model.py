@@ -33,6 +33,7 @@ class Request:
     unchecked: bool = False  # another one changed the same bytes meanwhile
     found: dict[int, bytes] = field(default_factory=dict)  # by offset
     error: int = 0
+    is_refused: bool = False  # as far as its header tells
 
     @property
     def end(self) -> int:
@@ -125,11 +126,12 @@ class Model:
             return
         self._current = new
         new.unchecked = bool(new.command == STATUS and new.flags & _PAYLOAD_LEN)  # it says later of what
-        if new.refused(self):
+        new.is_refused = new.refused(self)
+        if new.is_refused:
             self.pending[new.cookie] = new
             return
         for old in self.pending.values():
-            if old.refused(self) or max(old.offset, new.offset) >= min(old.end, new.end):
+            if old.is_refused or max(old.offset, new.offset) >= min(old.end, new.end):
                 continue
             changes = [request for request in (old, new) if request.command in _CHANGES]
             if changes:

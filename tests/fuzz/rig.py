@@ -5,7 +5,10 @@ cluster's place unless somebody touched that meanwhile.
 """
 
 import asyncio
+import fcntl
 import socket
+import termios
+from array import array
 from typing import Any, Final
 
 from nbdram.memory import reclaim
@@ -23,6 +26,7 @@ from .program import SIZE, Program, Step
 from .stand import ROOMY, TIGHT, Stand
 
 _PATIENCE: Final = 20_000  # rounds of the event loop
+_waiting: Final = array("i", [0])
 _received: Final = bytearray(1 << 18)
 _received_view: Final = memoryview(_received)
 
@@ -36,6 +40,12 @@ for _name, _value in {
     assert hasattr(hot_loop, _name)
     setattr(hot_loop, _name, _value)
 commands._INLINE_READ_BYTES = 2 * CLUSTER  # type: ignore[misc]
+
+
+def _waiting_bytes(sock: socket.socket) -> int:
+    """What can be received; to ask costs a third of an attempt in vain."""
+    fcntl.ioctl(sock, termios.FIONREAD, _waiting)
+    return _waiting[0]
 
 
 class _Transport:
@@ -153,17 +163,11 @@ class Rig:
     def _pump(self) -> int:
         """As much as the connection lets its transport receive."""
         received = 0
-        while not (self.transport.paused or self.transport.closed):
+        while not (self.transport.paused or self.transport.closed) and _waiting_bytes(self.transport.sock):
             view = self.connection.get_buffer(-1)
             assert len(view), "there is no room for a byte more, but reading goes on"
-            try:
-                length = self.transport.sock.recv_into(view)
-            except BlockingIOError:
-                break
-            finally:
-                view.release()
-            if not length:
-                break
+            length = self.transport.sock.recv_into(view)
+            view.release()
             self.connection.buffer_updated(length)
             received += length
             assert len(self.connection._held) <= RECEIVE_BYTES, "more is held than was received at once"
@@ -171,13 +175,8 @@ class Rig:
 
     def _read(self) -> int:
         received = 0
-        while self.is_reading:
-            try:
-                length = self.client.recv_into(_received)
-            except (BlockingIOError, ConnectionResetError):
-                break
-            if not length:
-                break
+        while self.is_reading and _waiting_bytes(self.client):
+            length = self.client.recv_into(_received)
             received += length
             self.model.received(_received_view[:length])
         return received
@@ -220,8 +219,7 @@ class Rig:
         rounds = 0
         while not self._is_quiet():
             self.budget.give_up()
-            if not self.has_finished:
-                await self._flush()
+            await self._flush()  # also when the server stops: of a WRITE that has begun it waits for the rest
             self._pump()
             await asyncio.sleep(0)
             self._read()

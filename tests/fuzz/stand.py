@@ -59,18 +59,21 @@ class _AtOnce:
 
 
 class _Caps(Pace):
-    """Caps whose time passes with each look at the clock; who must wait does so until the loop's next round."""
+    """Caps whose time passes with each look at the clock; who must wait does so until the loop's next round, and by
+    then all of the time has passed: a debt that took hundreds of rounds would take most of the machine's time."""
 
     def __init__(self) -> None:
-        self._looks = 0
+        self._now = 0.0
         super().__init__(Rules(iops=50, bandwidth=2_000_000), self._time)
 
     def _time(self) -> float:
-        self._looks += 1
-        return self._looks / 100
+        self._now += 0.01
+        return self._now
 
     def delay_s(self) -> float:
-        return min(super().delay_s(), 1e-9)
+        delay = super().delay_s()
+        self._now += delay
+        return min(delay, 1e-9)
 
 
 failures: Final = _Failures()
