@@ -12,7 +12,6 @@ from .program import Program
 from .rig import Rig
 from .stand import failures, give_back, loop, stand_for
 
-
 # Otherwise cycles are left alone: one that keeps a view of the device must be seen.
 _COLLECT_EVERY: Final = 2000
 _executions = 0
