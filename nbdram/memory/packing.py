@@ -11,6 +11,7 @@ import errno
 import os
 import signal
 import socket
+from contextlib import suppress
 from functools import cache
 from struct import Struct
 from typing import Final
@@ -89,6 +90,8 @@ def serve(fd: int) -> None:
     """The process: answer batches until the other end of the socket `fd` is closed."""
     for number in (signal.SIGINT, signal.SIGTERM):  # whole groups of processes are told: our server will end us
         signal.signal(number, signal.SIG_IGN)
+    with suppress(OSError), open("/proc/self/comm", "w") as name:
+        name.write("nbdram-compress")
     with socket.socket(fileno=fd) as server:
         server.send(READY)
         while True:

@@ -156,6 +156,7 @@ async def test_nothing_is_lost_with_the_process_and_another_one_comes(
 async def test_signals_to_all_of_a_group_do_not_end_the_process() -> None:
     async with started() as packer:
         assert packer.pid
+        assert Path(f"/proc/{packer.pid}/comm").read_text() == "nbdram-compress\n"
         os.kill(packer.pid, signal.SIGTERM)
         os.kill(packer.pid, signal.SIGINT)
         made = Device("small", MIB, Budget(MIB))
