@@ -10,7 +10,10 @@ The rules:
 5. With several connections the kernel gives one up on which a request waits for longer than its timeout, which should
    be short, because requests that a dead server has taken wait for it as well. So it is raised when the server turns
    out to have been there, only slow, and set back when one was really away.
-6. Nothing here allocates much or touches files outside /run, /sys and /dev: the device may be what is swapped on.
+6. With one connection the kernel asks nothing when a request's time is up, only whether its socket was replaced, and if
+   that has not happened by then it asks again more than a second later. So while the server is away, and only then, the
+   device is given a timeout: what a dead server has taken then waits for the new socket as all other requests do.
+7. Nothing here allocates much or touches files outside /run, /sys and /dev: the device may be what is swapped on.
 """
 
 import logging
@@ -39,7 +42,7 @@ _FIRST_RETRY_S: Final = 0.01
 _QUICK_RETRY_S: Final = 0.05  # for as long as a restart may take
 _SLOW_RETRY_S: Final = 1.0
 _QUICK_FOR_S: Final = 15.0
-_DEATH_NOTICE_S: Final = 1.0
+_DEATH_NOTICE_S: Final = 0.3  # it takes milliseconds, or never comes: others have heard it, or it can't be heard
 _ANSWER_S: Final = 2.0
 _LOOK_FOR_GROWTH_S: Final = 10.0
 _RESPAWN_S: Final = 2.0
@@ -68,6 +71,7 @@ class KeptDevice:
         self._look_now = False
         self._gone = False
         self._patience_ms = attachment.retry_after_ms  # the timeout of the kernel's requests
+        self._resending = False if links else None  # whether the device has a timeout (rule 6); None: nobody knows
         self._probe = 0  # the pid of a process that reads from the device
         self._server: subprocess.Popen[bytes] | None = None
         self._spawned_at = 0.0
@@ -233,6 +237,7 @@ class KeptDevice:
                 link = redial(self.attachment)
             except (NbdramError, OSError) as error:
                 quiet, away = self._explain(error, quiet), True
+                self._resend_late_requests(netlink, wanted=True)
                 self._respawn_server()
                 waited = time.monotonic() - lost_at
                 limit = (
@@ -265,6 +270,17 @@ class KeptDevice:
                     patience / 1000,
                 )
 
+    def _resend_late_requests(self, netlink: Netlink, *, wanted: bool) -> None:
+        """Rule 6, if the kernel is one that can do it: one that shows the identifier (5.14) can."""
+        attachment = self.attachment
+        identifier = sysfs.identifier_of(attachment.index)
+        if attachment.connections > 1 or wanted == self._resending or not (identifier and self._patience_ms):
+            return
+        with suppress(OSError):  # the kernel has forgotten it: that is seen to elsewhere
+            netlink.set_timeout(attachment.index, identifier, 1 if wanted else 0)
+            self._resending = wanted
+            sysfs.set_request_timeout(attachment.index, self._patience_ms)
+
     def _drop_dead_links(self) -> None:
         for sock in hung_up(self._links):
             self._links.remove(sock)
@@ -287,6 +303,7 @@ class KeptDevice:
         """Hand a checked connection to the kernel (rule 3), and the size after it (rule 4)."""
         attachment = self.attachment
         self._await_death_notice(lost_at + _DEATH_NOTICE_S)
+        self._resend_late_requests(netlink, wanted=False)  # before: while there is no socket, no request is begun
         try:
             netlink.add_socket(attachment.index, sysfs.identifier_of(attachment.index), link.socket.fileno())
         except OSError as error:
@@ -330,7 +347,8 @@ class KeptDevice:
                 self._probe = 0
                 return True
             time.sleep(0.005)
-            if self._stopping or hung_up(self._links):
+            self._watch.read()
+            if self._stopping or hung_up(self._links) or self._unexplained_death():
                 return True  # other things are to be seen to first
         return False
 

@@ -6,6 +6,10 @@ Facts of the kernel that the calls below are shaped by:
   only the new socket could carry. So each is a message of its own, and callers send sockets first.
 - RECONFIGURE fills the first dead slot and says success also if no slot was dead: the socket is then dropped.
   LINK_DEAD is sent once for each slot that dies; `DeathWatch` counts it.
+- The timeout of a device of one connection says what becomes of a request whose time is up. Without one it goes on
+  waiting, unless its socket was replaced. With one it is sent again, as it always is where there are several
+  connections; before Linux 5.10 it fails with EIO instead. Setting it also sets for how long requests may take from
+  then on: 30 s for a timeout of 0.
 """
 
 import errno
@@ -126,6 +130,9 @@ class Netlink:
 
     def set_size(self, index: int, identifier: str, size: int) -> None:
         self._request(_RECONFIGURE, [*_device(index, identifier), ("NBD_ATTR_SIZE_BYTES", size)])
+
+    def set_timeout(self, index: int, identifier: str, timeout_s: int) -> None:
+        self._request(_RECONFIGURE, [*_device(index, identifier), ("NBD_ATTR_TIMEOUT", timeout_s)])
 
     def disconnect(self, index: int) -> None:
         """Detach; requests that wait for a connection fail with EIO. Nothing happens if it is detached already."""

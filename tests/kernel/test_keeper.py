@@ -60,31 +60,64 @@ def test_a_busy_file_system_goes_on_when_its_server_is_killed(guest: Guest, tmp_
 
 
 def test_a_server_that_is_only_slow_gets_more_time_until_one_is_really_gone(guest: Guest, shm: Path) -> None:
+    """Of two devices one has several connections; the other one's only connection is never given up."""
     server = OurServer(guest, shm, "--export", "disk=256MiB", "--memory", "64MiB").start()
+    freeze, thaw = lambda: server.signal(signal.SIGSTOP), lambda: server.signal(signal.SIGCONT)
     boot(
         guest,
         r"""
-        timeout() { cat /sys/block/nbd0/queue/io_timeout; }
-        nbdram attach nbd://$SERVER/disk --connections 4
-        [ $(timeout) = 300 ]
+        timeout() { cat /sys/block/nbd$1/queue/io_timeout; }
+        read_page() { dd if=/dev/nbd$1 of=/dev/null bs=4k count=1 skip=$2 iflag=direct status=none; }
+        given_up() { dmesg | grep -c "nbd1: Connection timed out, retrying" || true; }
+        nbdram attach nbd://$SERVER/disk /dev/nbd0 --connections 4
+        nbdram attach nbd://$SERVER/disk /dev/nbd1
+        [ $(timeout 0) = 300 ]
+        [ $(timeout 1) = 400 ]
         pause freeze
-        dd if=/dev/nbd0 of=/dev/null bs=4k count=1 iflag=direct & reader=$!
-        until_says "Connection timed out, retrying" dmesg --notime
+        read_page 0 0 & several=$!
+        read_page 1 0 & one=$!
+        until_says "nbd0: Connection timed out, retrying" dmesg --notime
+        until_says "nbd1: Possible stuck request .*read@0," dmesg --notime
         pause thaw
-        wait $reader
-        until_says "requests wait for .* s before another" cat /run/nbdram/keeper.log
-        [ $(timeout) -gt 300 ]
+        wait $several
+        wait $one
+        until_says "nbd0: requests wait for .* s before another" cat /run/nbdram/keeper.log
+        [ $(timeout 0) -gt 300 ]
+        [ $(timeout 1) = 400 ]
+
+        # What a server has taken and not answered when it is killed waits for the next one.
+        pause freeze_again
+        read_page 1 1 & one=$!
+        until_says "nbd1: Possible stuck request .*read@4096," dmesg --notime
+        [ $(given_up) = 0 ]
         pause kill
-        until_says "Connection refused" cat /run/nbdram/keeper.log
+        until_says "nbd1: .*Connection refused" cat /run/nbdram/keeper.log
+        until_says "nbd1: Connection timed out, retrying" dmesg --notime
         pause start
+        wait $one
         until_says "requests wait for 0.3 s before another" cat /run/nbdram/keeper.log
-        [ $(timeout) = 300 ]
+        until_says "nbd1: connected again" cat /run/nbdram/keeper.log
+        [ $(timeout 0) = 300 ]
+        [ $(timeout 1) = 400 ]
+
+        # With that one the kernel is as patient as before.
+        count=$(given_up)
+        pause freeze_once_more
+        read_page 1 2 & one=$!
+        until_says "nbd1: Possible stuck request .*read@8192," dmesg --notime
+        pause thaw_again
+        wait $one
+        [ $(given_up) = $count ]
         nbdram detach /dev/nbd0
+        nbdram detach /dev/nbd1
         """,
         acts(
             guest,
-            freeze=lambda: server.signal(signal.SIGSTOP),
-            thaw=lambda: server.signal(signal.SIGCONT),
+            freeze=freeze,
+            freeze_again=freeze,
+            freeze_once_more=freeze,
+            thaw=thaw,
+            thaw_again=thaw,
             kill=lambda: server.signal(signal.SIGKILL),
             start=server.start,
         ),
