@@ -10,9 +10,9 @@ The rules:
 5. With several connections the kernel gives one up on which a request waits for longer than its timeout, which should
    be short, because requests that a dead server has taken wait for it as well. So it is raised when the server turns
    out to have been there, only slow, and set back when one was really away.
-6. With one connection the kernel asks nothing when a request's time is up, only whether its socket was replaced, and if
-   that has not happened by then it asks again more than a second later. So while the server is away, and only then, the
-   device is given a timeout: what a dead server has taken then waits for the new socket as all other requests do.
+6. With one connection the kernel only looks, when a request's time is up, whether its socket was replaced; if that has
+   not happened by then, it looks again more than a second later. So while the server is away, and only then, the device
+   is given a timeout: what a dead server has taken then waits for the new socket, as all other requests do.
 7. Nothing here allocates much or touches files outside /run, /sys and /dev: the device may be what is swapped on.
 """
 
@@ -46,9 +46,11 @@ _DEATH_NOTICE_S: Final = 0.3  # it takes milliseconds, or never comes: others ha
 _ANSWER_S: Final = 2.0
 _LOOK_FOR_GROWTH_S: Final = 10.0
 _RESPAWN_S: Final = 2.0
-# How long the kernel lets a request wait before it looks for another connection: a server of ours answers all that
-# it can at once; others may take seconds to flush, and a request that always takes longer would be sent for ever.
-_PATIENCE_MS: Final = 400
+# How long the kernel lets a request wait before it looks for another connection; for the first request after a rest
+# it adds more than a second. With one connection each look costs a line in its log, no more. With several, a server of
+# ours answers all that it can at once; others may take seconds to flush, and a request that always takes longer would
+# be sent for ever.
+_PATIENCE_MS: Final = 200
 _PATIENCE_WITH_SEVERAL_MS: Final = 300
 _PATIENCE_WITH_SEVERAL_OF_OTHERS_MS: Final = 3000
 _MOST_PATIENT_MS: Final = 10_000
@@ -226,6 +228,8 @@ class KeptDevice:
         quiet = away = False
         delay = 0.0
         log.warning("nbd%d: %s: connecting again", index, reason)
+        if self._resending is not None:  # else its connection may be alive
+            self._resend_late_requests(netlink, wanted=True)
         while not self._stopping and not self._forgotten():
             self._drop_dead_links()
             if len(self._links) >= self.attachment.connections:

@@ -35,6 +35,7 @@ RANDOM, STARTING = "at a random moment", "while it starts"
 _SERVED_TIMEOUT_S: Final = 30.0
 _TRAFFIC_BYTES: Final = 64 << 10  # the file system has gone on after the last kill
 _POINT_TIMEOUT_S: Final = 3.0  # points of paging are not reached while memory is plenty
+_UNHARMED_S: Final = 2.0
 _STEP_TIMEOUT_S: Final = 120.0
 
 
@@ -190,6 +191,8 @@ class Killer(threading.Thread):
 
     def _kill(self, number: int, process: "subprocess.Popen[bytes]") -> "subprocess.Popen[bytes]":
         """Kill a server, one way or another; the one that runs afterwards."""
+        # Not just after the last recovery: the kernel's timer, which is what the next one waits for, begins with it.
+        time.sleep(self._chance.uniform(0.05, _UNHARMED_S))
         if number % 10 == 9:
             self._kill_now(RANDOM, process)
             process = self._start()
@@ -200,7 +203,6 @@ class Killer(threading.Thread):
             self._kill_now(RANDOM, process)
             process = self._die_at(self._points[number // 2 % len(self._points)])
         else:
-            time.sleep(self._chance.uniform(0.05, 1.0))
             self._kill_now(RANDOM, process)
         return self._start()
 

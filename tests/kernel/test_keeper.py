@@ -72,7 +72,7 @@ def test_a_server_that_is_only_slow_gets_more_time_until_one_is_really_gone(gues
         nbdram attach nbd://$SERVER/disk /dev/nbd0 --connections 4
         nbdram attach nbd://$SERVER/disk /dev/nbd1
         [ $(timeout 0) = 300 ]
-        [ $(timeout 1) = 400 ]
+        [ $(timeout 1) = 200 ]
         pause freeze
         read_page 0 0 & several=$!
         read_page 1 0 & one=$!
@@ -83,7 +83,7 @@ def test_a_server_that_is_only_slow_gets_more_time_until_one_is_really_gone(gues
         wait $one
         until_says "nbd0: requests wait for .* s before another" cat /run/nbdram/keeper.log
         [ $(timeout 0) -gt 300 ]
-        [ $(timeout 1) = 400 ]
+        [ $(timeout 1) = 200 ]
 
         # What a server has taken and not answered when it is killed waits for the next one.
         pause freeze_again
@@ -98,7 +98,7 @@ def test_a_server_that_is_only_slow_gets_more_time_until_one_is_really_gone(gues
         until_says "requests wait for 0.3 s before another" cat /run/nbdram/keeper.log
         until_says "nbd1: connected again" cat /run/nbdram/keeper.log
         [ $(timeout 0) = 300 ]
-        [ $(timeout 1) = 400 ]
+        [ $(timeout 1) = 200 ]
 
         # With that one the kernel is as patient as before.
         count=$(given_up)
