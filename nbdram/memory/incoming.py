@@ -15,8 +15,9 @@ class Incoming:
     """The bytes [offset, end) of a device, on their way.
 
     The budget for its missing pages is claimed a window at a time, so that a write may be larger than what is free.
-    Bits are set page by page as bytes arrive, so if the connection dies, every page is either the old one or a new
-    one. Reclaim leaves its clusters alone.
+    Bits are set page by page as bytes arrive, so if the connection dies, every page that was not resident is either
+    the old one or a new one; of one that was, what came is new and the rest is old (docs/design.md has what it would
+    cost to let that be whole sectors only). Reclaim leaves its clusters alone.
     """
 
     def __init__(self, device: "Device", offset: int, end: int) -> None:
