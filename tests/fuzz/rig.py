@@ -9,7 +9,7 @@ import fcntl
 import socket
 import termios
 from array import array
-from typing import Any, Final
+from typing import Final
 
 from nbdram.memory import reclaim
 from nbdram.memory.layout import DIRTY_SHIFT, LENGTH_SHIFT, RESIDENT, TIER_MASK, TIER_SHIFT, Reference, Tier
@@ -17,8 +17,8 @@ from nbdram.memory.space import cold_reference
 from nbdram.protocol.handshake import ExportInfo, Negotiated
 from nbdram.server import commands
 from nbdram.server import connection as hot_loop
-from nbdram.server.connection import Connection
 from nbdram.server.service import RECEIVE_BYTES
+from tests.fakes import FakeTransport
 from tests.helpers import CLUSTER
 
 from .model import Model
@@ -48,38 +48,6 @@ def _waiting_bytes(sock: socket.socket) -> int:
     return _waiting[0]
 
 
-class _Transport:
-    """The server's end as a connection knows it."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.paused = self.closed = self.aborted = False
-        self.connection: Connection | None = None
-
-    def get_extra_info(self, name: str) -> Any:
-        return self.sock if name == "socket" else ""
-
-    def pause_reading(self) -> None:
-        self.paused = True
-
-    def resume_reading(self) -> None:
-        self.paused = False
-
-    def close(self) -> None:
-        if not self.closed:
-            self.closed = True
-            asyncio.get_running_loop().call_soon(self._lost)
-
-    def abort(self) -> None:
-        self.aborted = True
-        self.close()
-
-    def _lost(self) -> None:
-        assert self.connection
-        self.connection.connection_lost(None)
-        self.sock.close()
-
-
 class Rig:
     """A connection, its client, and its device."""
 
@@ -93,10 +61,8 @@ class Rig:
         self.client.setblocking(False)
         ours.setblocking(False)
         self.client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        self.transport = _Transport(ours)
-        self.connection = Connection(stand.service)
-        self.transport.connection = self.connection
-        self.connection.connection_made(self.transport)  # type: ignore[arg-type]
+        self.transport = FakeTransport(stand.service, ours)
+        self.connection = self.transport.connection
         self.client.recv(64)
         contexts = {1: "base:allocation", 2: "x-nbdram:tier"} if program.has_contexts else {}
         info = ExportInfo("ram", SIZE, 0)

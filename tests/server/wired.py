@@ -7,30 +7,25 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
 
 from nbdram.memory.budget import Budget
 from nbdram.memory.device import Device
 from nbdram.protocol.handshake import ReplyMode
 from nbdram.protocol.wire import Option
-from nbdram.server.connection import Connection
 from nbdram.server.exports import Exports
 from nbdram.server.service import Service
+from tests.fakes import FakeTransport
 from tests.helpers import MIB, PATIENCE_S, Client, client_flags, go, meta_payload, option
 
 _READ_AHEAD_BYTES = 64 * MIB
 
 
-class Wire:
+class Wire(FakeTransport):
     """The server's end of a connection, and as its transport a fake."""
 
     def __init__(self, service: Service, sock: socket.socket, client: Client) -> None:
         self.client = client
-        self.paused = False
-        self.closed = False
-        self._socket = sock
-        self.connection = Connection(service)
-        self.connection.connection_made(self)  # type: ignore[arg-type]
+        super().__init__(service, sock)
 
     def feed_one(self, data: bytes) -> int:
         """One recv of at most `data`; how much of it there was room for."""
@@ -69,28 +64,6 @@ class Wire:
         for _ in (*wanted, go):
             await self.client.answers()
         self.client.mode = mode
-
-    # -- what a connection asks of its transport ---------------------------------------------------
-
-    def get_extra_info(self, name: str) -> Any:
-        return self._socket if name == "socket" else ""
-
-    def pause_reading(self) -> None:
-        self.paused = True
-
-    def resume_reading(self) -> None:
-        self.paused = False
-
-    def close(self) -> None:
-        if not self.closed:
-            self.closed = True
-            asyncio.get_running_loop().call_soon(self._lost)
-
-    abort = close
-
-    def _lost(self) -> None:
-        self.connection.connection_lost(None)
-        self._socket.close()
 
 
 @asynccontextmanager
