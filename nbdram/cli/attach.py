@@ -42,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="SECONDS",
         help="after how long a request is sent again if its connection was replaced; with several connections, a "
-        "slower one is given up (default: 0.4; with several 0.3 if the server is nbdram, else 3)",
+        "slower one is given up (default: 0.2; with several 0.3 if the server is nbdram, else 3)",
     )
 
 
