@@ -13,13 +13,14 @@ The checksum of no bytes is not zero: an image that was lost, and reads as zeros
 """
 
 import errno
+from collections.abc import Container
 from struct import Struct
 from typing import Final, Self
 
 import lz4.block
 import xxhash
 
-from nbdram.memory.layout import CLUSTER
+from nbdram.memory.layout import CLUSTER, PAGE
 
 # Above this, an image saves too little to be worth its decompression: the cluster stays as it is.
 INCOMPRESSIBLE_BYTES: Final = CLUSTER * 7 // 8
@@ -52,6 +53,8 @@ class Codec:
         self.block_bytes = block_bytes
         self.level = level
         self._blocks = CLUSTER // block_bytes
+        pages = block_bytes // PAGE
+        self.pages_of_blocks = [((1 << pages) - 1) << number * pages for number in range(self._blocks)]  # masks
         self._header = Struct(f"<{2 * self._blocks}I")
         self._unpack = self._header.unpack_from
         self._zeros = bytes(block_bytes)
@@ -61,30 +64,43 @@ class Codec:
         """For exports that want density. More than level 3 was measured to gain 1 % for twice the time."""
         return cls(CLUSTER, 3)
 
-    def encode(self, cluster: memoryview) -> list[bytes] | None:
+    def encode(self, cluster: memoryview, image: bytes = b"", kept: Container[int] = ()) -> list[bytes] | None:
         """The parts of the image of CLUSTER bytes, for one gathering write; None if all is zeros.
 
-        The image is as long as its parts together; over INCOMPRESSIBLE_BYTES it should not be used.
+        Of the blocks that are `kept`, the image has what `image` has, unseen: their checksums go with them. Then that
+        must be a whole image, else IntegrityError. The result is as long as its parts together; over
+        INCOMPRESSIBLE_BYTES it should not be used.
         """
         size = self.block_bytes
+        fields = self._unpack(image) if image else ()
+        if image and self._header.size + sum(fields[: self._blocks]) != len(image):
+            raise IntegrityError("a cold image is not as long as it says")
+        at = self._header.size
         lengths, sums = [], []
         parts = [b""]
-        for at in range(0, CLUSTER, size):
-            block = cluster[at : at + size]
-            packed = _compress(block, store_size=False, **self._how)
-            if len(packed) < _ZERO_BLOCK_BYTES and bytes(block) == self._zeros:
-                lengths.append(0)
-                sums.append(_CHECKSUM_OF_NOTHING)
-                continue
-            if len(packed) >= size:
-                packed = bytes(block)
+        for number in range(self._blocks):
+            if number in kept:
+                packed, checksum = image[at : at + fields[number]], fields[self._blocks + number]
+            else:
+                packed, checksum = self._pack(cluster[number * size : (number + 1) * size])
+            at += fields[number] if image else 0
             lengths.append(len(packed))
-            sums.append(_checksum(packed) & 0xFFFFFFFF)
-            parts.append(packed)
+            sums.append(checksum)
+            if packed:
+                parts.append(packed)
         if len(parts) == 1:
             return None
         parts[0] = self._header.pack(*lengths, *sums)
         return parts
+
+    def _pack(self, block: memoryview) -> tuple[bytes, int]:
+        """What an image has of a block, and its checksum."""
+        packed: bytes = _compress(block, store_size=False, **self._how)
+        if len(packed) < _ZERO_BLOCK_BYTES and bytes(block) == self._zeros:
+            return b"", _CHECKSUM_OF_NOTHING
+        if len(packed) >= self.block_bytes:
+            packed = bytes(block)
+        return packed, _checksum(packed) & 0xFFFFFFFF
 
     def content(self, image: memoryview | bytes, start: int, end: int) -> list[memoryview | bytes]:
         """Bytes [start, end) of a cluster, whose image may have been stored raw; IntegrityError as `decode`."""

@@ -11,6 +11,7 @@ import errno
 import os
 import signal
 import socket
+from collections.abc import Container
 from contextlib import suppress
 from functools import cache
 from struct import Struct
@@ -51,29 +52,48 @@ def pack(hot: int, ram: RamTier, codec: Codec, cluster: int, word: int, old: byt
     """Store the image of a cluster whose word is `word` in its free slot in RAM; the word that describes it.
 
     `hot` is the descriptor of the device's file. `old` is the image that it has, if that is not in RAM. OSError if
-    something can't be read, or there is no room; IntegrityError if the old image is damaged, or gone.
+    something can't be read, or there is no room; IntegrityError if the old image is damaged, or gone. Blocks of the old
+    image of which no page is resident are taken as they are.
     """
-    image = codec.encode(memoryview(content_of(hot, ram, codec, cluster, word, old)))
-    if image is None:
+    image = _old_image(ram, cluster, word, old)
+    kept: list[int] = []
+    if image and len(image) != CLUSTER:
+        kept = [number for number, pages in enumerate(codec.pages_of_blocks) if not word & pages]
+    content = _content(hot, codec, cluster, word, image, kept)
+    parts = codec.encode(memoryview(content), image if kept else b"", kept)
+    if parts is None:
         return ZEROS
-    length = sum(map(len, image))
+    length = sum(map(len, parts))
     if length > INCOMPRESSIBLE_BYTES:
         return INCOMPRESSIBLE
     slot = free_slot(word, Tier.RAM)
-    ram.store(cluster, slot, image)
+    ram.store(cluster, slot, parts)
     return cold_word(length, slot, Tier.RAM)
 
 
 def content_of(hot: int, ram: RamTier, codec: Codec, cluster: int, word: int, old: bytes | None = None) -> bytearray:
     """A cluster's 64 KiB; arguments and errors as for `pack`."""
+    return _content(hot, codec, cluster, word, _old_image(ram, cluster, word, old))
+
+
+def _old_image(ram: RamTier, cluster: int, word: int, old: bytes | None) -> bytes:
+    """The image that has what is not resident; nothing if all is, or the rest is zeros."""
+    length = word >> LENGTH_SHIFT & LENGTH_MASK
+    if word & RESIDENT == RESIDENT or not length:
+        return b""
+    return old or ram.fetch(cluster, word >> SLOT_SHIFT & 1, length)
+
+
+def _content(hot: int, codec: Codec, cluster: int, word: int, image: bytes, unseen: Container[int] = ()) -> bytearray:
+    """A cluster's 64 KiB; zeros where blocks are `unseen`."""
     content = bytearray(CLUSTER)
     view = memoryview(content)
-    if word & RESIDENT != RESIDENT and (length := word >> LENGTH_SHIFT & LENGTH_MASK):
-        image = old or ram.fetch(cluster, word >> SLOT_SHIFT & 1, length)
-        at = 0
-        for piece in codec.content(image, 0, CLUSTER):
-            view[at : at + len(piece)] = piece
-            at += len(piece)
+    size = codec.block_bytes
+    for number, pages in enumerate(codec.pages_of_blocks):
+        if image and number not in unseen and word & pages != pages:
+            at = number * size
+            for piece in codec.content(image, at, at + size):
+                view[at : at + size] = piece
     for first, after in page_runs(word & RESIDENT):
         part = view[first * PAGE : after * PAGE]
         if os.preadv(hot, [part], (cluster << CLUSTER_SHIFT) + first * PAGE) != len(part):

@@ -14,7 +14,7 @@ import pytest
 from nbdram.memory import packer as packer_module
 from nbdram.memory import packing
 from nbdram.memory.budget import Budget
-from nbdram.memory.codec import Codec
+from nbdram.memory.codec import Codec, IntegrityError
 from nbdram.memory.device import Device
 from nbdram.memory.layout import CLUSTER_SHIFT, RESIDENT, SLOT_SHIFT
 from nbdram.memory.packer import Packer
@@ -112,6 +112,41 @@ async def test_an_old_image_that_is_damaged_is_left_to_a_thread_to_tell(device: 
         os.pwrite(device.ram.fd, b"?" * 64, 0)
         device.write(PAGE, b"n" * PAGE)
         assert await packer.pack([(device, 0, device.words[0])]) == [packing.FAILED]
+
+
+def test_blocks_of_which_nothing_is_resident_are_taken_as_they_are_with_their_damage() -> None:
+    device = Device("paged", MIB, Budget(8 * MIB))
+    device.write(0, text(0))
+    device.take_image(0, pack(device, 0))
+    device.write(7 * PAGE, b"n" * PAGE)
+    device.write(8 * PAGE, b"m" * (4 * PAGE))  # a whole block, another one in part
+    before = device.load_image(0, device.words[0])
+    damaged = bytearray(before)
+    damaged[-1] ^= 1  # of the last block
+    os.pwrite(device.ram.fd, damaged, (device.words[0] >> SLOT_SHIFT & 1) * CLUSTER)
+    device.take_image(0, pack(device, 0))
+    expected = text(0)[: 7 * PAGE] + b"n" * PAGE + b"m" * (4 * PAGE)
+    assert device.read(0, 12 * PAGE) == expected
+    with pytest.raises(IntegrityError, match="checksum"):
+        device.read(12 * PAGE, PAGE)
+    device.close()
+
+
+def test_an_old_image_that_is_gone_or_whose_header_is_damaged_is_not_built_upon() -> None:
+    device = Device("paged", MIB, Budget(8 * MIB))
+    device.write(0, text(0))
+    device.take_image(0, pack(device, 0))
+    device.write(PAGE, b"n" * PAGE)
+    whole = device.load_image(0, device.words[0])
+    for damaged in (bytes(len(whole)), whole[:12] + b"\x01" + whole[13:]):
+        os.pwrite(device.ram.fd, damaged, (device.words[0] >> SLOT_SHIFT & 1) * CLUSTER)
+        with pytest.raises(IntegrityError):
+            pack(device, 0)
+    device.close()
+
+
+def pack(device: Device, cluster: int) -> int:
+    return packing.pack(device.backing.hot_fd, device.ram, device.codec, cluster, device.words[cluster])
 
 
 async def test_under_load_the_process_does_the_work_and_its_memory_counts(device: Device) -> None:
