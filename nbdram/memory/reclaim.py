@@ -62,7 +62,7 @@ _HOPELESS_S: Final = 5.0  # clients that touch everything all the time are waite
 _PAUSE_S: Final = 0.0005  # after a round
 # Where there is a disk or a remote, images in RAM may take this share of the budget.
 _IMAGE_SHARE: Final = 0.5
-# The least budget that has room for a process which compresses.
+# The least memory for data, besides what the server itself takes, that has room for a process which compresses.
 _PROCESS_FROM: Final = 128 << 20
 
 
@@ -276,7 +276,7 @@ class Reclaimer:
     async def _pack(self, jobs: list[_Job]) -> list[_Job]:
         """Have the process store what it can; returns what is left for a thread to do."""
         packer = self._packer
-        if packer is None or self._budget.limit_pages * PAGE < _PROCESS_FROM:
+        if packer is None or (self._budget.limit_pages - self._budget.overhead_pages) * PAGE < _PROCESS_FROM:
             return jobs
         packer.start()
         if not packer.is_ready:
