@@ -165,10 +165,10 @@ async def test_a_device_that_is_closed_while_it_is_compressed_does_not_end_recla
     begun, may_go = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
-    def slow(content: memoryview) -> Any:
+    def slow(*arguments: Any) -> Any:
         loop.call_soon_threadsafe(begun.set)
         asyncio.run_coroutine_threadsafe(may_go.wait(), loop).result(20)
-        return encode(content)
+        return encode(*arguments)
 
     monkeypatch.setattr(doomed.codec, "encode", slow)
     doomed.write(0, bytes(CLUSTER - 1) + b"x")
