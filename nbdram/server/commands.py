@@ -263,7 +263,8 @@ class _Patience:
                     self._budget.wait(self, freed.set)
                     refusal = error
             try:
-                await asyncio.wait_for(freed.wait(), max(0.0, self._deadline - time.monotonic()))
+                async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())):
+                    await freed.wait()
             except TimeoutError:
                 self._budget.leave(self)
                 raise refusal from None

@@ -5,12 +5,16 @@ import errno
 import gc
 import socket
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from nbdram.config import Limits
+from nbdram.memory.budget import Budget
 from nbdram.protocol.handshake import ReplyMode
 from nbdram.protocol.wire import Command
+from nbdram.server import commands
 from nbdram.server.service import RECEIVE_BYTES
 from tests.helpers import (
     ALL_MODES,
@@ -19,6 +23,7 @@ from tests.helpers import (
     KIB,
     MIB,
     PAGE,
+    PATIENCE_S,
     Running,
     client_flags,
     eventually,
@@ -183,3 +188,24 @@ async def test_requests_without_end_and_without_a_reader_cost_little(tmp_path: P
         taken, grown_kib = await flooded(here, piece, 100 * MIB)
         assert taken < 100 * MIB
         assert grown_kib < 16 * KIB
+
+
+async def test_a_request_that_is_cancelled_just_when_memory_is_freed_waits_no_longer() -> None:
+    """Else a READ, or a WRITE_ZEROES, of a client that is gone goes on."""
+    budget = Budget(MEMORY)
+    budget.attach(lambda: None)
+    tries: list[int] = []
+
+    def work() -> None:
+        tries.append(budget.free_pages)
+        budget.take(2 * MEMORY // PAGE)
+
+    connection: Any = SimpleNamespace(device=SimpleNamespace(budget=budget))
+    waiting = asyncio.create_task(commands._Patience(connection, PATIENCE_S).enough_for(work))
+    await eventually(lambda: budget.waiting == 1)
+    budget.freed(everyone=True)
+    waiting.cancel()
+    await asyncio.wait([waiting], timeout=1.0)
+    assert waiting.cancelled()
+    assert len(tries) == 1
+    assert budget.waiting == 0
