@@ -111,13 +111,14 @@ class Packer:
                 waiting.set_result([number for (number,) in ANSWER.iter_unpack(answer)])
 
     def _forget(self) -> None:
-        """Close the socket, so that the process ends, and tell those who wait for it."""
+        """See to it that the process is gone: it must not write any more when others do its work. Tell who waits."""
         self.is_ready = False
         if self._socket:
             asyncio.get_running_loop().remove_reader(self._socket)
             self._socket.close()
             self._socket = None
         if self._process:
+            self._process.kill()
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_DYING_S)
             self._process = None

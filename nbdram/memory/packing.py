@@ -130,8 +130,8 @@ def serve(fd: int) -> None:
 def _pack_all(batch: bytes, files: list[int]) -> list[int]:
     done = []
     for device, block_bytes, level, cluster, word in REQUEST.iter_unpack(batch):
-        hot, cold = files[2 * device : 2 * device + 2]
         try:
+            hot, cold = files[2 * device : 2 * device + 2]
             done.append(pack(hot, RamTier(cold), _codec(block_bytes, level), cluster, word))
         except Exception:  # a thread of the server's tries again, and tells why
             done.append(FAILED)

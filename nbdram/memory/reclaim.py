@@ -287,7 +287,7 @@ class Reclaimer:
             for job, image in zip(near, images, strict=True):
                 stuck = image == INCOMPRESSIBLE and not job.device.has_far_room(job.cluster)
                 job.image = STUCK if stuck else image
-                if not packer.is_ready:  # it was lost, perhaps in the middle of an image
+                if image == FAILED:  # the process was lost, perhaps: in the middle of it
                     job.device.release_stray(job.cluster)
         return [job for job in jobs if job.image in (FAILED, INCOMPRESSIBLE)]
 

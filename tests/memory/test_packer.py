@@ -5,7 +5,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -186,6 +186,32 @@ async def test_nothing_is_lost_with_the_process_and_another_one_comes(
             assert device.read(cluster * CLUSTER, CLUSTER) == text(cluster, 5)
     assert "the process that compresses has gone" in caplog.text
     assert "reclaim had an error" not in caplog.text
+
+
+async def test_what_the_process_answered_before_it_was_lost_is_kept(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packer_module, "_AGAIN_S", 0.0)
+    pack_all = Packer.pack
+    lost: list[int | None] = []
+
+    async def pack_and_go(packer: Packer, wanted: Sequence[packer_module.Wanted]) -> list[int]:
+        images = await pack_all(packer, wanted)
+        if packer.is_ready and len(lost) < 5:
+            lost.append(packer.pid)
+            packer._forget()
+        return images
+
+    monkeypatch.setattr(Packer, "pack", pack_and_go)
+    async with reclaiming(device) as packer:
+        for generation in range(6):
+            await fill(device, 0, generation)
+            await eventually(lambda: not device.reclaiming)
+            for cluster in range(COUNT):
+                assert device.read(cluster * CLUSTER, CLUSTER) == text(cluster, generation)
+            await eventually(lambda: packer.is_ready)
+        assert len(lost) == 5
+        assert not device.integrity_errors
 
 
 async def test_signals_to_all_of_a_group_do_not_end_the_process() -> None:

@@ -14,6 +14,8 @@ from urllib.parse import quote
 
 import pytest
 
+from nbdram.memory.reclaim import anonymous_bytes
+
 PAGE = 4096
 TIMEOUT_S = 180
 # libnbd's Python module is Debian's and fits only Debian's Python.
@@ -124,7 +126,7 @@ class Server:
         """What the process, and the one that compresses for it, take beside the memory files: RssAnon."""
         server = self.process.pid
         children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
-        return sum(map(_rss_anon, (server, *map(int, children))))
+        return sum(map(anonymous_bytes, (server, *map(int, children))))
 
     def script(self, text: str, export: str = "disk", uri: str = "") -> str:
         """Run lines of Python with libnbd; what they find in scope is in debian/prelude.py."""
@@ -188,12 +190,3 @@ def same_bytes(left: Path, right: Path, length: int) -> bool:
             if len(piece) != count or piece != other.read(count):
                 return False
     return True
-
-
-def _rss_anon(pid: int) -> int:
-    """The private memory of a process, in bytes; 0 if it is gone."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0) * 1024
