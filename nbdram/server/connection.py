@@ -62,6 +62,7 @@ _MAX_BATCH_BYTES: Final = 4 * 1024 * 1024
 # Decompressed bytes are ours until the socket takes them: at most this much, and one answer, for each connection.
 _MAX_COPIED_BYTES: Final = 256 * 1024
 _TASK_BYTES: Final = 4096  # about what a request that waits takes
+_TASKS_WHERE_SHORT: Final = 16  # that wait at once for each client, while memory is short
 
 # As long as one connection is all there is to serve, its next requests are received right here, without a round
 # through the event loop, and after its replies we wait a moment for what it sends in return: at queue depth 1 that
@@ -808,8 +809,15 @@ class Connection(asyncio.BufferedProtocol):
         self.device.budget.may_have_grown(_TASK_BYTES)
         begun = time.perf_counter()
         task.add_done_callback(lambda task: self._task_done(task, command, begun))
-        if len(self._tasks) >= self._service.limits.requests_in_flight:
+        if self._is_full():
             self._stall()
+
+    def _is_full(self) -> bool:
+        """Whether there are as many tasks as may be at once: fewer where memory is short, for it takes some to wait."""
+        tasks, budget = len(self._tasks), self.device.budget
+        if not tasks or budget.free_pages >= budget.wake_below:
+            return tasks >= self._service.limits.requests_in_flight
+        return tasks >= (_TASKS_WHERE_SHORT if budget.free_pages > 0 else 1)
 
     def _task_done(self, task: asyncio.Task[None], command: int, begun: float) -> None:
         self._tasks.discard(task)
@@ -970,7 +978,7 @@ class Connection(asyncio.BufferedProtocol):
         if (
             self._stalled
             and not (self._unsent or self._starved or self._occupied or self._pausing)
-            and len(self._tasks) < self._service.limits.requests_in_flight
+            and not self._is_full()
         ):
             self._stalled = False
             if self._incoming is not None and self._incoming.is_held_up:

@@ -69,13 +69,20 @@ async def test_reads_whose_replies_nobody_takes_stop_being_parsed(mode: ReplyMod
 
 
 @MODES
-async def test_tasks_of_one_connection_are_bounded(mode: ReplyMode) -> None:
+@pytest.mark.parametrize(
+    ("free_pages", "most"),
+    [(8192, Limits().requests_in_flight), (200, 16), (0, 1), (-200, 1)],
+    ids=["memory", "short", "used-up", "over"],
+)
+async def test_tasks_of_one_connection_are_bounded(mode: ReplyMode, free_pages: int, most: int) -> None:
+    """Fewer where memory is short: the server's own are taken from the same budget."""
     async with wired(mode, size=SIZE, memory=MEMORY) as (wire, device):
         device.write(0, b"x")
+        device.budget.give(free_pages - device.budget.free_pages)
         holes = [wire.client.request(Command.READ, 0, 300 * KIB) for _ in range(200)]
         wire.feed_one(b"".join(holes))
         assert wire.paused
-        assert len(wire.connection._tasks) == Limits().requests_in_flight
+        assert len(wire.connection._tasks) == most
         answers = await wire.client.replies(200)
         assert all(len(answer.data) == 300 * KIB for answer in answers.values())
 
