@@ -1,6 +1,7 @@
 """Major faults: images that must be read from disk or a remote, one read per image however many wait.
 
-Disks are read in worker threads of ours; a remote has its own.
+What the kernel has in its page cache is read from disk at once, the rest in worker threads of ours: a hop to one and
+back takes longer than all else together. A remote has its own.
 """
 
 import asyncio
@@ -68,10 +69,10 @@ class Fetcher:
                 continue
 
     def at_hand(self, device: Device, start: int, end: int) -> Images | None:
-        """The images that `Device.gather` needs, if each has been read already."""
+        """The images that `Device.gather` needs, if each has been read already, or can be without waiting."""
         images: Images = {}
         for cluster in device.far_clusters(start, end):
-            image = device.far_images.get(cluster)
+            image = device.far_images.get(cluster) or self._read_now(device, cluster, device.words[cluster])
             if image is None or not image.content:
                 return None
             images[cluster] = image
@@ -119,8 +120,24 @@ class Fetcher:
             if word >> TIER_SHIFT & TIER_MASK <= Tier.RAM:
                 image.is_current = False
                 return image
+            if there := self._read_now(device, cluster, word):
+                return there
             device.far_images[cluster] = image
             self._read(device, cluster, word, image)
+        return image
+
+    def _read_now(self, device: Device, cluster: int, word: int) -> FarImage | None:
+        """An image that is on disk, if that has not to be waited for."""
+        if word >> TIER_SHIFT & TIER_MASK != Tier.DISK:
+            return None
+        begun = time.perf_counter()
+        assert device.disk
+        content = device.disk.load_now(cluster, word >> SLOT_SHIFT & 1, word >> LENGTH_SHIFT & LENGTH_MASK)
+        if content is None:
+            return None
+        image = device.far_images[cluster] = FarImage()
+        image.content = content
+        self._count(device, time.perf_counter() - begun, from_remote=False)
         return image
 
     def _read(self, device: Device, cluster: int, word: int, image: FarImage) -> None:
@@ -132,7 +149,7 @@ class Fetcher:
                 image.content = reading.result()
             elif device.far_images.get(cluster) is image:  # whoever comes next reads it again
                 del device.far_images[cluster]
-            self._count(device, from_remote, time.perf_counter() - begun)
+            self._count(device, time.perf_counter() - begun, from_remote=from_remote)
 
         from_remote = word >> TIER_SHIFT & TIER_MASK == Tier.REMOTE
         if from_remote:
@@ -146,7 +163,7 @@ class Fetcher:
         self._under_way[image] = (device, under_way)
         under_way.add_done_callback(done)
 
-    def _count(self, device: Device, from_remote: bool, seconds: float) -> None:
+    def _count(self, device: Device, seconds: float, *, from_remote: bool) -> None:
         if from_remote:
             self.fetched_from_remote += 1
             device.remote_faults += 1

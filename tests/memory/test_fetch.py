@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import os
 import random
 import threading
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ class SlowDisk:
         self.error: OSError | None = None
         self._load = device.disk.load
         monkeypatch.setattr(device.disk, "load", self._slow_load)
+        self.load_now = device.disk.load_now
+        monkeypatch.setattr(device.disk, "load_now", lambda *_: None)
 
     def _slow_load(self, cluster: int, slot: int, length: int) -> bytes:
         self.loads += 1
@@ -173,6 +176,66 @@ async def test_who_comes_when_the_reading_is_just_over_gets_what_was_read(slow: 
         await fetcher.fetch_edges(slow.device, 3 * CLUSTER + 1, 3 * CLUSTER + 2)
         assert slow.device.read(3 * CLUSTER, PAGE) == OLD[:PAGE]
         assert (await first).content == OLD
+
+
+# -- what the kernel has at hand ------------------------------------------------------------------------
+
+
+def has_nowait(path: Path) -> bool:
+    """Whether the file system says what it has in the page cache."""
+    with (path / "probe").open("w+b", buffering=0) as file:
+        file.write(b"there")
+        try:
+            return os.preadv(file.fileno(), [bytearray(5)], 0, os.RWF_NOWAIT) == 5
+        except OSError:
+            return False
+
+
+async def test_what_the_kernel_has_in_its_cache_needs_no_thread(
+    slow: SlowDisk, fetcher: Fetcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_nowait(tmp_path):
+        pytest.skip("the file system has no reads that do not wait")
+    slow.put(3, OLD)
+    monkeypatch.setattr(slow.device.disk, "load_now", slow.load_now)
+    images = fetcher.at_hand(slow.device, 3 * CLUSTER, 4 * CLUSTER)
+    assert images
+    assert images[3].content == OLD
+    del images
+    assert joined(await fetcher.gather(slow.device, 3 * CLUSTER, 4 * CLUSTER)) == OLD
+    assert slow.loads == 0
+    assert fetcher.fetched == slow.device.disk_faults == 2
+
+
+@pytest.mark.parametrize("found", [BlockingIOError(errno.EAGAIN, "not now"), OSError(errno.EOPNOTSUPP, "no"), 4096])
+async def test_what_would_wait_for_the_disk_is_read_by_a_thread(
+    slow: SlowDisk, fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch, found: OSError | int
+) -> None:
+    def preadv(fd: int, buffers: list[bytearray], offset: int, flags: int = 0) -> int:
+        assert flags == os.RWF_NOWAIT
+        if isinstance(found, OSError):
+            raise found
+        return found
+
+    slow.put(3, OLD)
+    monkeypatch.setattr(slow.device.disk, "load_now", slow.load_now)
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert fetcher.at_hand(slow.device, 3 * CLUSTER, 4 * CLUSTER) is None
+    assert joined(await fetcher.gather(slow.device, 3 * CLUSTER, 4 * CLUSTER)) == OLD
+    assert slow.loads == 1
+
+
+async def test_damage_that_is_at_hand_is_found_and_told(
+    slow: SlowDisk, fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow.put(3, OLD)
+    assert slow.device.disk
+    monkeypatch.setattr(slow.device.disk, "load_now", slow.load_now)
+    os.pwrite(slow.device.disk.files[0], b"?" * 64, 2 * 3 * (CLUSTER + PAGE) + 1000)
+    assert fetcher.at_hand(slow.device, 3 * CLUSTER, 4 * CLUSTER) is None
+    with pytest.raises(IntegrityError):
+        await fetcher.gather(slow.device, 3 * CLUSTER, 4 * CLUSTER)
+    assert slow.device.integrity_errors == 1
 
 
 def test_an_image_that_is_not_there_is_not_looked_for_in_ram(slow: SlowDisk) -> None:

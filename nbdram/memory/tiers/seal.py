@@ -41,11 +41,12 @@ class Seal:
         nonce = next(self._numbers).to_bytes(_NONCE_BYTES, "big")
         return self._salt + nonce + self._key(self._salt).encrypt(nonce, image, identity)
 
-    def open(self, sealed: bytes, identity: bytes) -> bytes:
+    def open(self, sealed: bytes | bytearray | memoryview, identity: bytes) -> bytes:
         """IntegrityError if it is not what was sealed as `identity`."""
+        view = memoryview(sealed)
         try:
-            key = self._key(sealed[:_SALT_BYTES])
-            return key.decrypt(sealed[_SALT_BYTES:_HEAD_BYTES], memoryview(sealed)[_HEAD_BYTES:], identity)
+            key = self._key(bytes(view[:_SALT_BYTES]))
+            return key.decrypt(view[_SALT_BYTES:_HEAD_BYTES], view[_HEAD_BYTES:], identity)
         except (InvalidTag, ValueError):
             raise IntegrityError(f"an image {self._place} is not what was stored") from None
 
