@@ -1,26 +1,28 @@
 """A process that makes images for reclaim: it shares no interpreter lock with the event loop.
 
 With a thread each call of the compressor, and there are a dozen for a cluster, is a wake-up and a wait for the loop.
-All state is in files and words, so that the process needs to know nothing but what each batch tells (`packing.py`).
+All state is in files and words, so that the process needs to know nothing but what each batch tells (`packing.py`), and
+for images that go to a remote, the connections to its nodes.
 
-It costs about 6 MiB, which count as the server's, and is started when there is first something to compress. Until it is
-there, when there can be none, and when it was lost, threads do its work.
+It costs about 6 MiB, twice that with a remote, which count as the server's, and is started when there is first
+something to compress. Until it is there, when there can be none, and when it was lost, threads do its work.
 """
 
 import asyncio
+import itertools
 import logging
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Final
+from struct import Struct
+from typing import Final, NamedTuple
 
 from nbdram.memory.device import Device
-from nbdram.memory.packing import ANSWER, FAILED, READY, REQUEST
+from nbdram.memory.packing import ANSWER, FAILED, HEAD, READY, REQUEST, REQUEST_TO_SEND
 
 log = logging.getLogger("nbdram.reclaim")
 
@@ -29,6 +31,17 @@ _AGAIN_S: Final = 10.0  # after this a lost process is replaced
 _PROGRAM: Final = "import sys; from nbdram.memory.packing import serve; serve(int(sys.argv[1]))"
 
 Wanted = tuple[Device, int, int]  # a device, one of its clusters, and its word
+
+
+class WantedToSend(NamedTuple):
+    """An image that is to be stored in a remote."""
+
+    device: Device
+    cluster: int
+    word: int
+    line: int  # the number of the connection
+    identity: bytes  # of the device
+    generation: int
 
 
 class Packer:
@@ -40,7 +53,9 @@ class Packer:
         self._keep_open = tuple(keep_open)
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
-        self._waiting: deque[asyncio.Future[list[int]]] = deque()
+        self._waiting: dict[int, asyncio.Future[list[int]]] = {}  # by the batch's number
+        self._numbers = itertools.count(1)
+        self.lost_lines: set[int] = set()
         self._not_before = 0.0
 
     @property
@@ -73,24 +88,33 @@ class Packer:
 
     async def pack(self, wanted: Sequence[Wanted]) -> list[int]:
         """What `packing.pack` returns for each, FAILED for all if the process can't be asked."""
+        return await self._ask(b"P", REQUEST, wanted)
+
+    async def send(self, wanted: Sequence[WantedToSend]) -> list[int]:
+        """Have images stored in a remote; the word of each, or FAILED if it is not known to be there."""
+        return await self._ask(b"S", REQUEST_TO_SEND, wanted)
+
+    def give_line(self, number: int, replicas: int, secret: bytes, fd: int) -> None:
+        """The process has a socket to a node of the remote from now on. OSError if it can't be told."""
+        assert self._socket
+        socket.send_fds(self._socket, [HEAD.pack(b"C", number) + bytes((replicas,)) + secret], [fd])
+
+    async def _ask(self, kind: bytes, layout: Struct, wanted: "Sequence[Wanted] | Sequence[WantedToSend]") -> list[int]:
+        assert self._socket
+        number = next(self._numbers)
+        devices = list(dict.fromkeys(one[0] for one in wanted))
+        places = {device: place for place, device in enumerate(devices)}
+        files = [file for device in devices for file in (device.backing.hot_fd, device.backing.cold_fd)]
+        batch = b"".join(
+            layout.pack(places[device], device.codec.block_bytes, device.codec.level, *rest) for device, *rest in wanted
+        )
         try:
-            self._send(wanted)
+            socket.send_fds(self._socket, [HEAD.pack(kind, number) + batch], files)
         except OSError:
             return [FAILED] * len(wanted)
         waiting: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
-        self._waiting.append(waiting)
+        self._waiting[number] = waiting
         return await waiting or [FAILED] * len(wanted)
-
-    def _send(self, wanted: Sequence[Wanted]) -> None:
-        assert self._socket
-        devices = list(dict.fromkeys(device for device, _, _ in wanted))
-        numbers = {device: number for number, device in enumerate(devices)}
-        files = [file for device in devices for file in (device.backing.hot_fd, device.backing.cold_fd)]
-        batch = b"".join(
-            REQUEST.pack(numbers[device], device.codec.block_bytes, device.codec.level, cluster, word)
-            for device, cluster, word in wanted
-        )
-        socket.send_fds(self._socket, [batch], files)
 
     def _answered(self) -> None:
         assert self._socket
@@ -106,9 +130,13 @@ class Packer:
         elif answer == READY:
             self.is_ready = True
         else:
-            waiting = self._waiting.popleft()
+            kind, number = HEAD.unpack_from(answer)
+            if kind == b"L":
+                self.lost_lines.add(number)
+                return
+            waiting = self._waiting.pop(number)
             if not waiting.done():
-                waiting.set_result([number for (number,) in ANSWER.iter_unpack(answer)])
+                waiting.set_result([word for (word,) in ANSWER.iter_unpack(answer[HEAD.size :])])
 
     def _forget(self) -> None:
         """See to it that the process is gone: it must not write any more when others do its work. Tell who waits."""
@@ -122,8 +150,9 @@ class Packer:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_DYING_S)
             self._process = None
+        self.lost_lines.clear()
         while self._waiting:
-            waiting = self._waiting.popleft()
+            _, waiting = self._waiting.popitem()
             if not waiting.done():
                 waiting.set_result([])
 

@@ -3,8 +3,16 @@
 Done by worker threads, or by a process of its own (`serve`, which `packer.py` starts), while the event loop may change
 the cluster. Files are read, not looked at through maps: that allocates nothing where a page has gone away meanwhile.
 
-The process remembers nothing. A message is a batch: the descriptors of the files that it is about, two for each device
-(`hot`, `cold`), and a record for each cluster; its answer has a number for each. It ends when its socket does.
+A message to the process has a kind, a number, and descriptors:
+
+    P  a batch of clusters, their images to be stored in RAM; the files that it is about, two for each device
+    S  a batch of clusters, their images to be stored in a remote (`tiers/sending.py`); files as before
+    C  a connection to a node of the remote; its socket
+    L  (from the process) that connection is lost
+
+A batch has a record for each cluster; the answer to it, with its kind and number, a word for each. There may be several
+batches under way, whose answers come in any order. Of what it is told the process remembers the connections only. It
+ends when its socket does.
 """
 
 import errno
@@ -15,7 +23,7 @@ from collections.abc import Container
 from contextlib import suppress
 from functools import cache
 from struct import Struct
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from nbdram.memory.codec import INCOMPRESSIBLE_BYTES, Codec
 from nbdram.memory.layout import (
@@ -34,15 +42,22 @@ from nbdram.memory.layout import (
 )
 from nbdram.memory.tiers.ram import RamTier
 
+if TYPE_CHECKING:
+    from nbdram.memory.tiers.sending import Sending
+
 # What there may be instead of the word of an image, which is positive.
 ZEROS: Final = 0  # the cluster is all zeros
 STUCK: Final = -1  # there is none: it would not compress, or there is no room
 FAILED: Final = -2  # there is none, for a reason that may pass
 INCOMPRESSIBLE: Final = -3  # there is none in RAM
 
-# Of a batch, for each cluster: whose it is (the device's number in the message), how its images are made (bytes of
-# a block, level), the cluster, its word. And of the answer: what `pack` returns.
+# What a message begins with: its kind, and the number of the batch or the connection. Then for each cluster: whose it
+# is (the device's number in the message), how its images are made (bytes of a block, level), the cluster, its word; and
+# if the image is to be sent, on which connection, for which device (its UUID), as which generation. The answer has what
+# `pack` returns. Of a connection it is said how many replicas are wanted (a byte), and what images are sealed with.
+HEAD: Final = Struct("<cI")
 REQUEST: Final = Struct("<HIBQQ")
+REQUEST_TO_SEND: Final = Struct("<HIBQQI16sQ")
 ANSWER: Final = Struct("<q")
 READY: Final = b"ready"
 MOST: Final = 64  # clusters in a batch
@@ -112,30 +127,69 @@ def serve(fd: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     with suppress(OSError), open("/proc/self/comm", "w") as name:
         name.write("nbdram-compress")
-    with socket.socket(fileno=fd) as server:
+    with socket.socket(fileno=fd) as server, suppress(BrokenPipeError, ConnectionResetError):
         server.send(READY)
+        sending: Sending | None = None
         while True:
-            batch, files, _, _ = socket.recv_fds(server, MOST * REQUEST.size, 2 * MOST)
-            try:
-                if not batch:
-                    return
-                server.send(b"".join(ANSWER.pack(number) for number in _pack_all(batch, files)))
-            except (BrokenPipeError, ConnectionResetError):
+            if sending:
+                sending.until_told()
+            message, files, _, _ = socket.recv_fds(server, HEAD.size + MOST * REQUEST_TO_SEND.size, 2 * MOST)
+            if not message:
                 return
+            (kind, number), records = HEAD.unpack_from(message), message[HEAD.size :]
+            if kind == b"C":
+                sending = sending or _sending(server)
+                sending.open(number, records[0], records[1:], files[0])
+                continue
+            try:
+                if kind == b"P":
+                    server.send(message[: HEAD.size] + b"".join(map(ANSWER.pack, _pack_all(records, files))))
+                else:
+                    assert sending  # a connection came first
+                    _send_all(sending, message[: HEAD.size], records, files)
             finally:
                 for file in files:
                     os.close(file)
 
 
-def _pack_all(batch: bytes, files: list[int]) -> list[int]:
+def _sending(server: socket.socket) -> "Sending":
+    from nbdram.memory.tiers.sending import Sending  # where there is no remote, no memory is taken for it
+
+    return Sending(server)
+
+
+def _pack_all(records: bytes, files: list[int]) -> list[int]:
     done = []
-    for device, block_bytes, level, cluster, word in REQUEST.iter_unpack(batch):
+    for device, block_bytes, level, cluster, word in REQUEST.iter_unpack(records):
         try:
             hot, cold = files[2 * device : 2 * device + 2]
             done.append(pack(hot, RamTier(cold), _codec(block_bytes, level), cluster, word))
         except Exception:  # a thread of the server's tries again, and tells why
             done.append(FAILED)
     return done
+
+
+def _send_all(sending: "Sending", head: bytes, records: bytes, files: list[int]) -> None:
+    """Images as they are: in RAM already, or of what does not compress."""
+    from nbdram.memory.tiers.sending import Batch
+
+    batch = Batch(head, len(records) // REQUEST_TO_SEND.size)
+    for at, record in enumerate(REQUEST_TO_SEND.iter_unpack(records)):
+        device, block_bytes, level, cluster, word, line, identity, generation = record
+        try:
+            hot, cold = files[2 * device : 2 * device + 2]
+            ram = RamTier(cold)
+            image: bytes | bytearray
+            if word & RESIDENT:
+                image = content_of(hot, ram, _codec(block_bytes, level), cluster, word)
+            else:
+                image = ram.fetch(cluster, word >> SLOT_SHIFT & 1, word >> LENGTH_SHIFT & LENGTH_MASK)
+            stored = cold_word(len(image), free_slot(word, Tier.REMOTE), Tier.REMOTE)
+        except Exception:  # as above
+            sending.settle([((batch, at, FAILED), False)])
+        else:
+            sending.store((batch, at, stored), line, (identity, cluster, generation), image)
+    sending.flush()
 
 
 _codec = cache(Codec)

@@ -1,7 +1,7 @@
 """Keeps memory within its budget: cold clusters are compressed, and their pages given back.
 
-Runs on the event loop in small steps; only compression itself is done elsewhere, a batch at a time: by a process of its
-own, or where memory is too scarce for one by a thread (lz4 gives the interpreter lock away). Rules:
+Runs on the event loop in small steps; only compression itself, and sending images to a remote, is done elsewhere, a
+batch at a time: by a process of its own, or where memory is too scarce for one by threads. Rules:
 
 1. A victim is idle: its reference byte says so before it is compressed. Reads and writes always set it to touched;
    if that happened by the time the image is there, or the word changed, the image is thrown away.
@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from nbdram.memory.budget import Budget
 from nbdram.memory.clock import Clock
@@ -33,6 +33,8 @@ from nbdram.memory.codec import IntegrityError
 from nbdram.memory.device import Device
 from nbdram.memory.layout import (
     DIRTY_SHIFT,
+    LENGTH_MASK,
+    LENGTH_SHIFT,
     PAGE,
     RESIDENT,
     TIER_MASK,
@@ -42,10 +44,13 @@ from nbdram.memory.layout import (
     cold_word,
 )
 from nbdram.memory.mailbox import Mailbox
-from nbdram.memory.packer import Packer
+from nbdram.memory.packer import Packer, WantedToSend
 from nbdram.memory.packing import FAILED, INCOMPRESSIBLE, STUCK, ZEROS, content_of, free_slot, pack
 from nbdram.memory.space import cold_reference
 from nbdram.memory.verdict import Verdict
+
+if TYPE_CHECKING:
+    from nbdram.memory.tiers.remote import Handed
 
 log = logging.getLogger("nbdram.reclaim")
 
@@ -289,7 +294,7 @@ class Reclaimer:
                 job.image = STUCK if stuck else image
                 if image == FAILED:  # the process was lost, perhaps: in the middle of it
                     job.device.release_stray(job.cluster)
-        return [job for job in jobs if job.image in (FAILED, INCOMPRESSIBLE)]
+        return await _send(packer, [job for job in jobs if job.image in (FAILED, INCOMPRESSIBLE)])
 
     async def _collect(self) -> None:
         done, _ = await asyncio.wait(self._at_work, return_when=asyncio.FIRST_COMPLETED)
@@ -334,6 +339,35 @@ class Reclaimer:
                 self.counters.demoted += 1
             self._gains += 1
             device.take_image(cluster, job.image)
+
+
+async def _send(packer: Packer, jobs: list[_Job]) -> list[_Job]:
+    """Have the process send to a remote what goes there; returns what is left for a thread to do."""
+    going = [(job, handed) for job in jobs if packer.is_ready and (handed := _hand_over(packer, job))]
+    if not going:
+        return jobs
+    images = await packer.send(
+        [
+            WantedToSend(job.device, job.cluster, job.word, handed.line, handed.identity, handed.generation)
+            for job, handed in going
+        ]
+    )
+    for (job, handed), image in zip(going, images, strict=True):
+        if image > 0:
+            job.image = image
+            handed.stored(image >> LENGTH_SHIFT & LENGTH_MASK)
+        else:
+            handed.failed()
+    return [job for job in jobs if job.image in (FAILED, INCOMPRESSIBLE)]
+
+
+def _hand_over(packer: Packer, job: _Job) -> "Handed | None":
+    """An image in RAM, or of what does not compress, if its way leads to a remote that the process is connected to."""
+    is_image = not job.word & RESIDENT and job.word >> TIER_SHIFT & TIER_MASK == Tier.RAM
+    tier = next((tier for tier in job.device.far_tiers() if tier.has_room(job.cluster)), None)
+    if tier is None or tier is not job.device.remote or not (is_image or job.image == INCOMPRESSIBLE):
+        return None
+    return job.device.remote.hand_over(packer, job.cluster, free_slot(job.word, Tier.REMOTE))
 
 
 def _store(jobs: list[_Job]) -> None:

@@ -31,14 +31,12 @@ from redis.connection import AbstractConnection, Connection, SSLConnection
 from redis.crc import key_slot
 
 from nbdram.errors import NbdramError
-from nbdram.memory.tiers.remote_settings import Address, RemoteSettings, address_text
+from nbdram.memory.tiers.remote_settings import ANSWER_S, WAIT_MS, Address, RemoteSettings, address_text
 from nbdram.memory.tiers.remote_tls import check_files, distrust, hint
 
 log = logging.getLogger("nbdram.remote")
 
 CONNECT_S: Final = 1.0
-ANSWER_S: Final = 3.0
-_WAIT_MS: Final = 1000  # for replicas
 _PAUSE_S: Final = 0.05  # before a command is sent again
 _LONG_PAUSE_S: Final = 0.5  # of those that have no deadline
 _BATCH: Final = 64
@@ -384,7 +382,7 @@ class _Lane(threading.Thread):
         replicas = self._engine.settings.replicas
         stored = [at for at, command in enumerate(batch) if command.is_image] if replicas else []
         if stored:
-            sent.append((b"WAIT", b"%d" % replicas, b"%d" % _WAIT_MS))
+            sent.append((b"WAIT", b"%d" % replicas, b"%d" % WAIT_MS))
         connection.send_packed_command(connection.pack_commands(sent))
         replies = []
         for command in batch:

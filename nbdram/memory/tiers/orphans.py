@@ -16,8 +16,9 @@ from redis.exceptions import RedisError
 
 from nbdram.errors import NbdramError
 from nbdram.memory.tiers.engine import Engine, ask
-from nbdram.memory.tiers.remote import DEVICE_PREFIX, IMAGE_PREFIX
+from nbdram.memory.tiers.remote import DEVICE_PREFIX
 from nbdram.memory.tiers.remote_settings import RemoteSettings
+from nbdram.memory.tiers.sending import IMAGE_PREFIX
 
 _KEYS_A_STEP: Final = 1000
 

@@ -20,8 +20,8 @@ from typing import Any, Final
 import hiredis
 from redis.connection import AbstractConnection
 
-from nbdram.memory.tiers.engine import ANSWER_S, Command, Engine
-from nbdram.memory.tiers.remote_settings import Address, address_text
+from nbdram.memory.tiers.engine import Command, Engine
+from nbdram.memory.tiers.remote_settings import ANSWER_S, Address, address_text
 
 log = logging.getLogger("nbdram.remote")
 

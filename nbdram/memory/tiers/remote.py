@@ -24,17 +24,19 @@ from uuid import UUID
 
 from nbdram.errors import NbdramError
 from nbdram.memory.codec import IntegrityError, MissingImage
-from nbdram.memory.layout import PAGE, Tier
+from nbdram.memory.layout import CLUSTER, PAGE, Tier
+from nbdram.memory.packer import Packer
 from nbdram.memory.tiers.engine import Command, Engine, Finish
 from nbdram.memory.tiers.generations import GENERATIONS_BYTES, Generations
 from nbdram.memory.tiers.ram import image_pages
 from nbdram.memory.tiers.reading import Reads
 from nbdram.memory.tiers.remote_settings import RemoteSettings
 from nbdram.memory.tiers.seal import SEAL_BYTES, Seal
+from nbdram.memory.tiers.sending import SEAL_PURPOSE, image_key, image_label
+from nbdram.memory.tiers.writes import Writes
 
 log = logging.getLogger("nbdram.remote")
 
-IMAGE_PREFIX: Final = b"nbdram:image:"
 DEVICE_PREFIX: Final = b"nbdram:device:"
 _RETRY_S: Final = 1.0  # a remote that could not take an image is tried again after this
 _STORE_S: Final = 3.0  # how long an image is offered to a remote that is away
@@ -61,7 +63,7 @@ class Remote:
         self.failures = 0
         self._lock = threading.Lock()
         self._retry_at = 0.0
-        self._seal = Seal(secret, b"nbdram remote", "in the remote")
+        self._seal = Seal(secret, SEAL_PURPOSE, "in the remote")
         self._closed = False
         self._forgetting: list[threading.Thread] = []
         self._records: dict[UUID, tuple[str, bool]] = {}
@@ -69,6 +71,7 @@ class Remote:
         self.engine = Engine(settings)
         self.engine.start(self._renew)
         self._reads = Reads(self.engine)
+        self.writes = Writes(self.engine, self._seal.secret)
 
     def close(self) -> None:
         """Drops that are still to be made get some time; what is left then is for `nbdram gc-remote`."""
@@ -79,6 +82,7 @@ class Remote:
             log.warning("%s: not all data could be removed; nbdram gc-remote does the rest", self.settings)
         self._closed = True
         self._reads.close()
+        self.writes.close()
         self.engine.close()
         for thread in self._forgetting:
             thread.join()
@@ -232,7 +236,6 @@ class RemoteTier:
         self.kept = kept
         self.put_off = kept  # there may be images that no word points at
         self.generations = Generations(fd)
-        self._prefix = IMAGE_PREFIX + identity.hex.encode() + b":"
 
     def register(self, name: str) -> None:
         """To be done before the first image is stored. NbdramError if it can't be."""
@@ -263,7 +266,7 @@ class RemoteTier:
                 self.remote.stored(len(image))
             else:
                 self.remote.refused(error)
-                self._drop(cluster, slot, generation, pages)  # it may have come through all the same
+                self.discard(cluster, slot, generation, pages)  # it may have come through all the same
             _settle(storing, None, error)
 
         self.remote.store(key, self.remote.seal(image, self._label(cluster, generation)), finish)
@@ -271,6 +274,18 @@ class RemoteTier:
 
     def store(self, cluster: int, slot: int, image: bytes) -> None:
         self.submit(cluster, slot, image).result()
+
+    def hand_over(self, packer: Packer, cluster: int, slot: int) -> "Handed | None":
+        """Let the process that compresses store an image, if it can; what came of it must be told to the result."""
+        generation, left = self.generations.new(cluster, slot)
+        if left:
+            self.remote.drop(self._key(cluster, left))
+        line = self.remote.writes.line(packer, self._key(cluster, generation))
+        if line is None:
+            self.generations.forget(cluster, slot, generation)
+            return None
+        self.remote.use(CLUSTER // PAGE)  # at most
+        return Handed(self, cluster, slot, generation, line)
 
     def fetch(
         self, cluster: int, slot: int, length: int, wait_s: float | None = None, *, on_loop: bool = False
@@ -312,13 +327,14 @@ class RemoteTier:
         """Give the memory of an image back to the remote, some time soon."""
         generation = self.generations.at(cluster, slot)
         if generation:
-            self._drop(cluster, slot, generation, image_pages(length))
+            self.discard(cluster, slot, generation, image_pages(length))
 
     def drop_leftover(self, cluster: int, slot: int, generation: int) -> None:
         """Drop an image that counts as gone already."""
-        self._drop(cluster, slot, generation, 0)
+        self.discard(cluster, slot, generation, 0)
 
-    def _drop(self, cluster: int, slot: int, generation: int, pages: int) -> None:
+    def discard(self, cluster: int, slot: int, generation: int, pages: int) -> None:
+        """Drop an image that counts as so many pages, wherever its cluster lives."""
         self.remote.use(-pages)
 
         def finish(_: Any, error: OSError | None) -> None:
@@ -333,10 +349,30 @@ class RemoteTier:
         return self._key(cluster, self.generations.at(cluster, slot))
 
     def _key(self, cluster: int, generation: int) -> bytes:
-        return self._prefix + b"%x:%016x" % (cluster, generation)
+        return image_key(self.identity.bytes, cluster, generation)
 
     def _label(self, cluster: int, generation: int) -> bytes:
-        return self.identity.bytes + cluster.to_bytes(8, "big") + generation.to_bytes(8, "big")
+        return image_label(self.identity.bytes, cluster, generation)
+
+
+class Handed:
+    """An image that the process that compresses stores."""
+
+    def __init__(self, tier: RemoteTier, cluster: int, slot: int, generation: int, line: int) -> None:
+        self.identity = tier.identity.bytes
+        self.generation = generation
+        self.line = line
+        self._tier = tier
+        self._cluster = cluster
+        self._slot = slot
+
+    def stored(self, length: int) -> None:
+        self._tier.remote.use(image_pages(length) - CLUSTER // PAGE)
+        self._tier.remote.stored(length)
+
+    def failed(self) -> None:
+        """It may be there all the same."""
+        self._tier.discard(self._cluster, self._slot, self.generation, CLUSTER // PAGE)
 
 
 def _settle(future: "Future[Any]", result: Any, error: OSError | None) -> None:

@@ -30,7 +30,7 @@ class Seal:
 
     def __init__(self, secret: bytes | None, purpose: bytes, place: str) -> None:
         """`purpose`: different ones have different keys. `place`: for people, as in "on disk"."""
-        self._secret = secret or secrets.token_bytes(SECRET_BYTES)
+        self.secret: Final = secret or secrets.token_bytes(SECRET_BYTES)
         self._purpose = purpose
         self._place = place
         self._salt = secrets.token_bytes(_SALT_BYTES)
@@ -38,8 +38,12 @@ class Seal:
         self._keys: dict[bytes, AESGCM] = {}
 
     def seal(self, image: bytes, identity: bytes) -> bytes:
+        return b"".join(self.parts(image, identity))
+
+    def parts(self, image: bytes | bytearray, identity: bytes) -> tuple[bytes, bytes]:
+        """A sealed image in two pieces, so that the large one is not copied."""
         nonce = next(self._numbers).to_bytes(_NONCE_BYTES, "big")
-        return self._salt + nonce + self._key(self._salt).encrypt(nonce, image, identity)
+        return self._salt + nonce, self._key(self._salt).encrypt(nonce, image, identity)
 
     def open(self, sealed: bytes | bytearray | memoryview, identity: bytes) -> bytes:
         """IntegrityError if it is not what was sealed as `identity`."""
@@ -55,6 +59,6 @@ class Seal:
         if key is None:
             if len(self._keys) >= _KEYS_KEPT:  # damaged images may have any salt
                 self._keys.clear()
-            derived = HKDF(hashes.SHA256(), 32, salt, self._purpose).derive(self._secret)
+            derived = HKDF(hashes.SHA256(), 32, salt, self._purpose).derive(self.secret)
             key = self._keys[salt] = AESGCM(derived)
         return key
