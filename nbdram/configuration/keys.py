@@ -281,7 +281,7 @@ KEYS: Final = (
         "limits.handshakes",
         number(1, 1_000_000),
         str(_LIMITS.handshakes),
-        "Connections that have not opened an export yet; beyond, the oldest makes room.",
+        "Connections that have not opened an export yet; beyond, one that has not got on for longest makes room.",
         running=True,
     ),
     Key(

@@ -118,6 +118,7 @@ class Connection(asyncio.BufferedProtocol):
         self._handshake: Handshake | None = Handshake(Visible(service.exports, lambda: self.client), tls)
         self.client = Client()
         self._deadline: asyncio.TimerHandle | None = None
+        self.on_entered: Callable[[], None] | None = None  # called when the handshake has come to something
         # transmission phase
         self.export: Export = cast(Export, None)
         self.device: Device = cast(Device, None)
@@ -162,13 +163,13 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(_Transport, transport)
+        sock = self._transport.get_extra_info("socket")
+        self.client = peer_of(sock)
         if not self._service.admit(self):
             self._transport.abort()
             return
-        sock = self._transport.get_extra_info("socket")
         self._fd = sock.fileno()
         self.peer = _peer_name(self._transport)
-        self.client = peer_of(sock)
         _tune(sock)
         self._deadline = self._loop.call_later(self._service.limits.handshake_timeout_s, self._handshake_late)
         assert self._handshake
@@ -292,11 +293,14 @@ class Connection(asyncio.BufferedProtocol):
         out = handshake.data_to_send()
         if out:
             self._send([out])
+            self._service.haggling.got_further(self)
         outcome = handshake.outcome
         if isinstance(outcome, Negotiated):
             self._enter_transmission(outcome, handshake.leftover())
         elif isinstance(outcome, Refused):
             self._service.counters.handshake_failures[outcome.failure] += 1
+            if outcome.failure is Failure.ABORTED:  # it has asked what it wanted to know
+                self._entered()
             log.info("%s left in the handshake: %s", self.peer, outcome.reason)
             self.close_when_idle()
         elif isinstance(outcome, UpgradeToTls):
@@ -326,6 +330,7 @@ class Connection(asyncio.BufferedProtocol):
         """TLS is up, and the haggling begins again inside; the client's certificate has `names`."""
         self._transport = cast(_Transport, transport)
         self.client = replace(self.client, names=names)
+        self._service.haggling.got_further(self)
         sock = self._transport.get_extra_info("socket")
         self._fd = sock.fileno()
         _tune(sock)
@@ -342,6 +347,11 @@ class Connection(asyncio.BufferedProtocol):
         log.info("%s did not finish the handshake in %g s", self.peer, self._service.limits.handshake_timeout_s)
         self._transport.abort()
 
+    def _entered(self) -> None:
+        if self.on_entered:
+            self.on_entered()
+            self.on_entered = None
+
     def _enter_transmission(self, agreed: Negotiated, leftover: bytes) -> None:
         export = self._service.exports.get(agreed.export.name)
         if self._deadline:
@@ -351,7 +361,8 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.abort()
             return
         self._handshake = None
-        self._service.haggling.pop(self, None)
+        self._service.haggling.discard(self)
+        self._entered()
         self.export, self.device = export, export.device
         export.connections += 1
         self.opened_at = time.monotonic()

@@ -2,6 +2,7 @@
 
 import socket
 import struct
+from collections.abc import Hashable
 from typing import Any, Final
 
 from nbdram.access import Client, address_of
@@ -9,6 +10,14 @@ from nbdram.access import Client, address_of
 _SO_PEERGROUPS: Final = 59
 _CREDENTIALS: Final = struct.Struct("iII")  # pid, uid, gid
 _MAX_GROUPS: Final = 256  # Python asks for no more bytes than that
+
+
+def origin_of(client: Client) -> Hashable:
+    """What counts as one place: an address, or of IPv6, where one machine has many, the network; a local user."""
+    address = client.address
+    if address is None:
+        return "user", client.uid
+    return address if address.version == 4 else int(address) >> 64
 
 
 def peer_of(sock: Any) -> Client:

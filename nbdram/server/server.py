@@ -138,8 +138,11 @@ class Server:
             raise
 
     def limit_connections(self) -> None:
-        possible = _connections_possible(len(self.service.connections), tls=bool(self.settings.tls))
-        self.service.max_connections = min(self.settings.limits.connections, possible)
+        service, (limit, _) = self.service, resource.getrlimit(resource.RLIMIT_NOFILE)
+        service.files_each = 4 if self.settings.tls else 2  # outside and inside TLS
+        taken = len(os.listdir("/proc/self/fd")) - service.held
+        service.files = limit - taken - _SPARE_FILES + service.files_each * len(service.connections)
+        service.max_connections = min(self.settings.limits.connections, max(1, service.files // service.files_each))
 
     def limit_memory(self, wanted: int) -> None:
         """Set the budget, to less than `wanted` if the state directory has no room for it."""
@@ -356,13 +359,6 @@ def _on_signals(stopping: asyncio.Event, reloader: Reloader) -> None:
 def _raise_file_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _connections_possible(now: int, *, tls: bool) -> int:
-    """How many connections the limit of open files has room for; each may take two, or four inside TLS."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    each = 4 if tls else 2
-    return max(1, now + (limit - len(os.listdir("/proc/self/fd")) - _SPARE_FILES) // each)
 
 
 def _precise_timers() -> None:

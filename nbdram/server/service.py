@@ -9,6 +9,8 @@ from nbdram.memory.layout import PAGE
 from nbdram.protocol.handshake import Failure
 from nbdram.server.counters import ServiceCounters
 from nbdram.server.exports import Exports
+from nbdram.server.haggling import Haggling
+from nbdram.server.peers import origin_of
 from nbdram.server.tls import Tls
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ SEND_BUFFER_BYTES: Final = 1024 * 1024
 _SEND_BUFFERS_SHARE: Final = 16
 _MIN_SEND_BUFFERS: Final = 8
 
+_MAX_HELD: Final = 16384  # a file and some KiB of the kernel's memory each
+
 
 class Service:
     """What the connections of one server share."""
@@ -34,10 +38,13 @@ class Service:
     def __init__(self, exports: Exports) -> None:
         self.exports = exports
         self.connections: set[Connection] = set()
-        self.haggling: dict[Connection, None] = {}  # those in the handshake phase, the oldest first
+        self.haggling: Haggling = Haggling()
         self.roomy: set[Connection] = set()  # those with a large send buffer
         self.limits = Limits()
         self.max_connections = self.limits.connections
+        self.held = 0  # connections that were turned away, and are not hung up on yet
+        self.files = _MAX_HELD  # that connections may take, and those who are held
+        self.files_each = 2  # for one connection
         self._full = False
         self.counters = ServiceCounters(dict.fromkeys(Failure, 0))
         self.batches = 0
@@ -50,7 +57,7 @@ class Service:
         self.receive_view = memoryview(self.receive_buffer)
 
     def admit(self, connection: "Connection") -> bool:
-        """Take in a new connection; False if there are too many. Handshakes make room, the oldest first."""
+        """Take in a new connection; False if there are too many. Those that still haggle make room."""
         self.counters.connections_accepted += 1
         full = len(self.connections) >= self.max_connections
         if full and not self.haggling:
@@ -60,15 +67,20 @@ class Service:
             self._full = True
             return False
         self._full = False
-        # Honest handshakes end within milliseconds: when there are too many, the oldest makes room.
+        origin = origin_of(connection.client)
         if full or len(self.haggling) >= self.limits.handshakes:
-            oldest = next(iter(self.haggling))
+            one = self.haggling.makes_room_for(origin)
             self.counters.handshake_failures[Failure.CROWDED_OUT] += 1
-            self.forget(oldest)
-            oldest.abort()
+            self.forget(one)
+            one.abort()
         self.connections.add(connection)
-        self.haggling[connection] = None
+        self.haggling.add(connection, origin)
         return True
+
+    @property
+    def holds_too_many(self) -> bool:
+        """Whether one of those who were turned away has to go, so that there are files for others."""
+        return self.held > min(_MAX_HELD, self.files - self.files_each * (len(self.connections) + 1))
 
     def grants_room(self, connection: "Connection") -> bool:
         """Whether this connection gets a large send buffer now, and counts as one that has it."""
@@ -82,4 +94,4 @@ class Service:
     def forget(self, connection: "Connection") -> None:
         self.connections.discard(connection)
         self.roomy.discard(connection)
-        self.haggling.pop(connection, None)
+        self.haggling.discard(connection)

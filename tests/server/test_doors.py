@@ -4,6 +4,7 @@ import asyncio
 import errno
 import os
 import socket
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,33 @@ def test_a_crowd_gets_half_of_what_is_saved_up_and_the_rest_is_shared_among_addr
     assert [admitted(door, f"visitor {number}", 3) for number in range(60)] == [3] * 33 + [2] * 9 + [0] * 18
 
 
+def test_a_crowd_at_many_addresses_keeps_nobody_out_who_comes_in_order_to_stay() -> None:
+    door, pass_by = newcomers(100)
+    good_ones = 0
+    for _ in range(33):  # seconds; each address is sure of two newcomers in each, but there is no room for so many
+        for number in range(100):
+            admitted(door, f"crowd {number}", 3)
+        if admitted(door, "good", 1):
+            door.settle("good")
+            good_ones += 1
+        pass_by(1.0)
+    assert good_ones >= 30, "in the first seconds, all are newcomers"
+
+
+def test_what_came_to_nothing_is_forgotten_after_a_while() -> None:
+    door, pass_by = newcomers(10)
+    assert admitted(door, "clumsy") == 10
+    assert sum(admitted(door, f"visitor {number}", 1) for number in range(8)) == 8, "of the 10 that are left"
+    pass_by(1.0)
+    assert sum(admitted(door, f"visitor {number}", 1) for number in range(10)) == 10, "of 12"
+    assert not admitted(door, "clumsy", 1)
+    for _ in range(2):
+        pass_by(11.0)
+        assert admitted(door, "another", 1)
+    assert sum(admitted(door, f"visitor {number}", 1) for number in range(17)) == 17, "of 19"
+    assert admitted(door, "clumsy", 1)
+
+
 def test_over_tls_half_as_many_are_let_in() -> None:
     door, _ = newcomers(100)
     assert admitted(door, "crowd", 300, cost=2) == 50
@@ -78,6 +106,40 @@ async def test_a_crowd_at_one_address_keeps_nobody_out_who_comes_from_another(tm
         for client in crowd:
             client.kill()
         await here.all_gone()
+
+
+async def a_crowd(here: Served, count: int = 30) -> list[Client]:
+    """Of one address, and more than can be let in."""
+    crowd = [await from_address(here, "127.0.0.2") for _ in range(count)]
+    await eventually(lambda: too_fast(here) + len(here.connections) == count)
+    return crowd
+
+
+async def test_who_is_turned_away_hears_nothing_and_is_hung_up_on_later(tmp_path: Path) -> None:
+    async with served(tmp_path, listen=HERE, limits=Limits(newcomers=2)) as here:
+        crowd = await a_crowd(here)
+        (door,) = here.server._doors
+        assert here.server.service.held == too_fast(here) > 0
+        assert not any(client.reader.at_eof() for client in crowd)
+        door._held = deque((0.0, client) for _, client in door._held)
+        door._let_go()
+        assert here.server.service.held == 0
+        await eventually(lambda: [client.reader.at_eof() for client in crowd].count(True) == too_fast(here))
+        for client in crowd:
+            client.kill()
+        await here.all_gone()
+
+
+async def test_for_lack_of_files_those_held_for_longest_are_hung_up_on(tmp_path: Path) -> None:
+    async with served(tmp_path, listen=HERE, limits=Limits(newcomers=2)) as here:
+        service = here.server.service
+        service.files = 20
+        crowd = await a_crowd(here)
+        assert 0 < service.held == 20 - 2 * (len(here.connections) + 1)
+        gone = too_fast(here) - service.held
+        await eventually(lambda: [client.reader.at_eof() for client in crowd].count(True) == gone)
+        for client in crowd:
+            client.kill()
 
 
 async def test_clients_of_a_unix_socket_wait_for_their_turn(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ import asyncio
 import os
 import re
 import ssl
+from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from nbdram.config import Endpoint, Limits, TlsSettings
 from nbdram.errors import NbdramError
 from nbdram.protocol.handshake import Failure, ReplyMode
 from nbdram.protocol.wire import Command, Option, OptionReply
+from nbdram.server import doors
 from nbdram.server.tls import Tls, load, names_of
 from tests.certificates import Authority, Certificates
 from tests.helpers import (
@@ -54,16 +56,20 @@ class Secured(Served):
     def failures(self) -> dict[str, int]:
         return self.server.service.counters.handshake_failures
 
-    async def plain(self) -> Client:
+    async def plain(self, source: str = "127.0.0.1") -> Client:
         """Connected over TCP, and greeted."""
         port = next(endpoint.port for endpoint in self.server.endpoints if endpoint.host)
-        client = Client(*await asyncio.open_connection("127.0.0.1", port))
-        await client.greet()
+        client = Client(*await asyncio.open_connection("127.0.0.1", port, local_addr=(source, 0)))
+        try:
+            await client.greet()
+        except BaseException:
+            client.kill()
+            raise
         return client
 
-    async def inside(self, context: ssl.SSLContext | None = None) -> Client:
+    async def inside(self, context: ssl.SSLContext | None = None, source: str = "127.0.0.1") -> Client:
         """Over TCP, greeted, and in TLS."""
-        client = await self.plain()
+        client = await self.plain(source)
         assert await client.ask(Option.STARTTLS) == [OptionAnswer(Option.STARTTLS, OptionReply.ACK)]
         await upgrade(client, context or trusting(self.certificates.ca))
         return client
@@ -226,6 +232,45 @@ async def test_half_tls_handshakes_make_room_for_others_and_leave_nothing_behind
         assert here.failures[Failure.CROWDED_OUT] == 16
         assert here.failures[Failure.HUNG_UP] + here.failures[Failure.TLS_FAILED] == 4
         await eventually(lambda: open_sockets() <= before)
+
+
+async def test_newcomers_get_in_while_a_crowd_of_half_open_ones_keeps_coming(
+    tmp_path: Path, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From more addresses than would be sure of a place each, and to a server that has places for less of them."""
+    monkeypatch.setattr(doors, "_HELD_S", 0.02)
+    been_in: Counter[str] = Counter()
+
+    async def half_open(here: Secured, source: str) -> None:
+        async with await here.plain(source) as client:
+            await client.ask(Option.STARTTLS)
+            await client.send(b"\x16\x03\x01\x02\x00\x01\x00")
+            been_in[source] += 1
+            await client.rest()
+
+    async def comes_back(here: Secured, source: str) -> None:
+        while True:
+            with suppress(ConnectionError, asyncio.IncompleteReadError):
+                await half_open(here, source)
+            await asyncio.sleep(0.01)
+
+    async with secured(tmp_path, certificates) as here:
+        here.server.service.limits = Limits(newcomers=100, handshakes=50)
+        sources = [f"127.0.0.{number}" for number in range(2, 62)]
+        crowd = [asyncio.create_task(comes_back(here, source)) for source in sources]
+        await eventually(lambda: all(been_in[source] >= 2 for source in sources))
+        had_their_shares = been_in.total()
+        await eventually(lambda: been_in.total() > had_their_shares)
+        for number in range(100, 110):
+            async with await here.inside(source=f"127.0.0.{number}") as client:
+                await go_on(client)
+                assert await client.read(0, 1) == b"\0"
+        assert here.failures[Failure.TOO_FAST]
+        assert here.failures[Failure.CROWDED_OUT]
+        for one in crowd:
+            one.cancel()
+        await asyncio.gather(*crowd, return_exceptions=True)
+        await here.all_gone()
 
 
 async def test_who_never_reads_inside_tls_stalls_only_itself(tmp_path: Path, certificates: Certificates) -> None:
