@@ -1,6 +1,7 @@
-"""What `bench.filesystems` runs in the guest: how much RAM files take in a tmpfs and in an ext4 of `nbdram mount`.
+"""What `bench.filesystems` runs in the guest: how much RAM files take in a tmpfs, or in what `nbdram mount` makes.
 
-python -m bench.filesystems_guest CONTENTS FOUND: tar files, and where to write the figures, as JSON.
+python -m bench.filesystems_guest CONTENT PROFILE FOUND: a tar file; arguments of `nbdram mount` and an mke2fs.conf, as
+JSON, or null for a tmpfs; and where to write the figures, as JSON.
 
 RAM is what there is more of shared memory (tmpfs, also below a server), slabs, memory of processes and page tables
 when everything is written and all that the kernel can drop is dropped: so it has the inodes and directory entries
@@ -13,59 +14,59 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from nbdram.client.ask_keeper import ask_if_running
-from nbdram.client.attachment import default_directory
 from nbdram.client.mount_notes import Place
 from nbdram.observe.control import ask
 
-NBDRAM: Final = os.environ["NBDRAM"]
+NBDRAM: Final = os.environ.get("NBDRAM", "nbdram")
 POINT: Final = Path("/run/scratch")
 PLACE: Final = Place("bench")
 SIZE: Final = "64G"
 MEMORY: Final = "768M"
 GIVEN_BACK_S: Final = 5.0
 COUNTED: Final = ("Shmem", "Slab", "AnonPages", "PageTables")
+MKE2FS_CONF: Final = Path("/run/mke2fs.conf")
 PUSHER: Final = "pusher"
 PUSHES: Final = 20  # at most
 SETTLED: Final = 0.01  # what a push still makes cold, of what is resident, when all is cold that ever will be
 
 
-def main(contents: str, found: str) -> None:
+Profile = tuple[list[str], str]
+
+
+def main(content: str, profile: str, found: str) -> None:
     POINT.mkdir()
-    figures = {}
-    for content in sorted(Path(contents).glob("*.tar")):
-        figures[content.stem] = {"tmpfs": in_tmpfs(content), **in_ours(content)}
-        print(content.stem, figures[content.stem], flush=True)
+    how = json.loads(Path(profile).read_text())
+    figures = in_ours(Path(content), how) if how else in_tmpfs(Path(content))
     Path(found).write_text(json.dumps(figures))
 
 
-def in_tmpfs(content: Path) -> int:
-    """Bytes."""
-    while ask_if_running(default_directory(), "status"):  # what a keeper frees when it ends would not be counted
-        time.sleep(3)
+def in_tmpfs(content: Path) -> dict[str, Any]:
+    """Bytes, and seconds for unpacking, reading and deleting it."""
     run("mount", "-t", "tmpfs", "-o", "size=2g,nr_inodes=0", "none", str(POINT))
     settle()
     before = used_bytes()
-    unpack(content)
+    seconds = {"write": unpack(content), "read": read()}
     taken = used_bytes() - before
+    seconds["delete"] = remove()
     run("umount", str(POINT))
-    return taken
+    return {"hot": taken, "seconds": seconds}
 
 
-def in_ours(content: Path) -> dict[str, Any]:
+def in_ours(content: Path, profile: Profile) -> dict[str, Any]:
     """Bytes when all is resident; what is given back when all is deleted; bytes when all that can be is cold."""
-    with mounted():
+    with mounted(profile):
         settle()
         before, base = used_bytes(), device_bytes()
-        unpack(content)
+        seconds = {"write": unpack(content), "read": read()}
+        settle()
         hot, hot_device = used_bytes() - before, device_bytes()
-        deleted = delete(base)
-    with mounted():
+        deleted = delete(base, seconds)
+    with mounted(profile):
         settle()
         before = used_bytes()
         unpack(content)
@@ -74,27 +75,61 @@ def in_ours(content: Path) -> dict[str, Any]:
         export = export_of(PLACE.name)
         left = {name: export[name] for name in ("resident", "compressed")}
         cold = used_bytes() - before
-    return {"hot": hot, "hot_device": hot_device - base, "cold": cold, "cold_device": left, "deleted": deleted}
+    return {
+        "hot": hot,
+        "hot_device": hot_device - base,
+        "cold": cold,
+        "cold_device": left,
+        "deleted": deleted,
+        "seconds": seconds,
+    }
 
 
 @contextmanager
-def mounted() -> Iterator[None]:
-    run(NBDRAM, "mount", SIZE, str(POINT), "--name", PLACE.name, "--memory", MEMORY)
+def mounted(profile: Profile) -> Iterator[None]:
+    arguments, mke2fs_conf = profile
+    environment = dict(os.environ)
+    if mke2fs_conf:
+        MKE2FS_CONF.write_text(mke2fs_conf)
+        environment["MKE2FS_CONFIG"] = str(MKE2FS_CONF)
+    command = [NBDRAM, "mount", SIZE, str(POINT), "--name", PLACE.name, "--memory", MEMORY, *arguments]
+    run(*command, environment=environment)
     try:
         yield
+    except BaseException:
+        print(PLACE.log.read_text(errors="replace")[-3000:], flush=True)
+        raise
     finally:
         run(NBDRAM, "umount", str(POINT))
 
 
-def unpack(content: Path) -> None:
+def unpack(content: Path) -> float:
+    """Seconds until all is written."""
+    begun = time.monotonic()
     run("tar", "-xf", str(content), "-C", str(POINT))
+    run("sync")
+    taken = time.monotonic() - begun
     settle()
+    return taken
 
 
-def delete(base: int) -> list[tuple[float, float]]:
+def read() -> float:
+    """Seconds for all of it, with nothing in the kernel's page cache."""
+    begun = time.monotonic()
+    run("grep", "-rqF", "no file has this line in it", str(POINT), ok=(0, 1))
+    return time.monotonic() - begun
+
+
+def remove() -> float:
+    begun = time.monotonic()
+    run("find", str(POINT), "-mindepth", "1", "-delete")
+    return time.monotonic() - begun
+
+
+def delete(base: int, seconds: dict[str, float]) -> list[tuple[float, float]]:
     """(seconds, share of the memory given back) since the last file was deleted."""
     before = device_bytes() - base
-    run("find", str(POINT), "-mindepth", "1", "-delete")
+    seconds["delete"] = remove()
     begun = time.monotonic()
     told = []
     while (passed := time.monotonic() - begun) < GIVEN_BACK_S:
@@ -143,9 +178,9 @@ def device_bytes() -> int:
     return (status.f_blocks - status.f_bfree) * status.f_frsize
 
 
-def run(*argv: str) -> None:
-    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if done.returncode:
+def run(*argv: str, environment: Mapping[str, str] | None = None, ok: Collection[int] = (0,)) -> None:
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
+    if done.returncode not in ok:
         raise SystemExit(f"{' '.join(argv)}: {done.stdout[-500:]}{done.stderr[-1000:]}")
 
 

@@ -16,7 +16,10 @@ _SYSTEM_PATHS: Final = ":/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin"
 
 @dataclass(frozen=True)
 class FileSystem:
-    """`grow` gets the mount point after it, or the device if `grows_by_device`."""
+    """`grow` gets the mount point after it, or the device if `grows_by_device`.
+
+    `options_in_ram` are for a device of a server of our own, whose data is in the same RAM.
+    """
 
     name: str
     package: str
@@ -26,11 +29,14 @@ class FileSystem:
     grows_by_device: bool = False
     with_journal: tuple[str, ...] = ()
     without_journal: tuple[str, ...] = ()
+    options_in_ram: str = ""
 
 
 # Memory is zeroed and as durable as the kernel that has it mounted: nothing is written that only says so, nothing
 # is reserved, and nothing is kept for a crash that would take all data with it. meta_bg: without it, an empty ext4
 # takes 4 MiB more, for descriptors of groups that are not there yet, and at 1 TiB another 8 for copies of all of them.
+# btrfs: what is deleted is given back when it commits; nodatacow, because a file that is overwritten here and there
+# keeps its old extents until nothing of them is used, and takes twice its size.
 _EXT4: Final = FileSystem(
     "ext4",
     "e2fsprogs",
@@ -53,6 +59,7 @@ _BTRFS: Final = FileSystem(
     ("mkfs.btrfs", "-q", "-f", "-K", "-m", "single", "-d", "single"),
     "noatime,discard=sync",
     ("btrfs", "filesystem", "resize", "max"),
+    options_in_ram="commit=1,nodatacow",
 )
 FILE_SYSTEMS: Final = {system.name: system for system in (_EXT4, _XFS, _BTRFS)}
 

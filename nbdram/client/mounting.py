@@ -192,7 +192,10 @@ def _mount(wanted: Wanted, place: Place, note: MountNote, steps: Steps) -> Mount
             raise UsageError(filesystems.cannot_make(note.kind))
         filesystems.make(system, device, journal=wanted.journal)
     check_point(point, nonempty=True)  # a mount of another name may have been quicker
-    options = [system.options if system else _UNKNOWN_OPTIONS, wanted.options]
+    options = [system.options if system else _UNKNOWN_OPTIONS]
+    if system and note.server:
+        options.append(system.options_in_ram)
+    options.append(wanted.options)
     steps.undo_with(_unmount, point, note.device)
     filesystems.mount(note.kind, ",".join(filter(None, options)), device, point)
     if not found:

@@ -80,6 +80,7 @@ def test_a_file_system_in_ram_comes_and_goes_with_one_command_each(guest: Guest)
         for kind in xfs btrfs; do
             nbdram mount 1G $D --fs $kind --memory 128M -o nosuid | grep -q "1 GiB of $kind"
             grep -q "^/dev/nbd0 $D $kind rw,nosuid,noatime" /proc/mounts
+            [ $kind = xfs ] || grep -q "^/dev/nbd0 $D btrfs .*,nodatacow,.*commit=1" /proc/mounts
             cp /etc/passwd $D
             nbdram resize $D 2G --grow-fs | grep "the file system at $D has grown"
             [ $(capacity) -gt 1800 ]
