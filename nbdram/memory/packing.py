@@ -40,6 +40,7 @@ from nbdram.memory.layout import (
     cold_word,
     page_runs,
 )
+from nbdram.memory.malloc import keep_what_is_freed
 from nbdram.memory.tiers.ram import RamTier
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ REQUEST_TO_SEND: Final = Struct("<HIBQQI16sQ")
 ANSWER: Final = Struct("<q")
 READY: Final = b"ready"
 MOST: Final = 64  # clusters in a batch
+_KEPT_BYTES: Final = 4 << 20  # by who has images on their way to a remote
 
 
 def pack(hot: int, ram: RamTier, codec: Codec, cluster: int, word: int, old: bytes | None = None) -> int:
@@ -155,6 +157,7 @@ def serve(fd: int) -> None:
 def _sending(server: socket.socket) -> "Sending":
     from nbdram.memory.tiers.sending import Sending  # where there is no remote, no memory is taken for it
 
+    keep_what_is_freed(_KEPT_BYTES)
     return Sending(server)
 
 
