@@ -5,6 +5,7 @@ back takes longer than all else together. A remote has its own.
 """
 
 import asyncio
+import errno
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +25,7 @@ from nbdram.memory.layout import (
     TIER_SHIFT,
     Tier,
 )
-from nbdram.memory.mailbox import Mailbox
+from nbdram.memory.mailbox import Mailbox, Told
 from nbdram.memory.readahead import KEPT
 from nbdram.memory.recent import Recent
 from nbdram.memory.space import FarImage
@@ -34,13 +35,23 @@ _TURNS: Final = 6
 _SHORT_TURNS: Final = 24
 
 
+class _Reading:
+    """An image that is being read, and who waits for it: they are told of an error, if there was one."""
+
+    __slots__ = ("device", "waiters")
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.waiters: list[asyncio.Future[OSError | None]] = []
+
+
 class Fetcher:
     """Reads images for all devices of a server."""
 
     def __init__(self) -> None:
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="nbdram-fetch")
         self._mailbox = Mailbox()
-        self._under_way: dict[FarImage, tuple[Device, asyncio.Future[bytes]]] = {}
+        self._under_way: dict[FarImage, _Reading] = {}
         # What is read is held in memory until it is sent: who reads much takes one of these for each part.
         self.turns = asyncio.Semaphore(_TURNS)
         self.short_turns = asyncio.Semaphore(_SHORT_TURNS)  # for reads within one cluster
@@ -93,16 +104,15 @@ class Fetcher:
     async def fetch(self, device: Device, cluster: int) -> FarImage:
         """The image of a cluster, not current if it is gone from there by the time it was read."""
         image = self._begin(device, cluster)
-        under_way = self._under_way.get(image)
-        if under_way is not None:
-            try:
-                # Set here too: when the reading is over, but `done` has not run yet, nothing is waited for.
-                image.content = await asyncio.shield(under_way[1])
-            except OSError as error:
-                if image.is_current:
-                    if isinstance(error, IntegrityError):
-                        device.note_damage(cluster, error)
-                    raise
+        reading = self._under_way.get(image)
+        if reading is not None:
+            waiter: asyncio.Future[OSError | None] = asyncio.get_running_loop().create_future()
+            reading.waiters.append(waiter)
+            error = await waiter
+            if error is not None and image.is_current:
+                if isinstance(error, IntegrityError):
+                    device.note_damage(cluster, error)
+                raise error
         return image
 
     def fetch_ahead(self, device: Device, cluster: int) -> None:
@@ -142,26 +152,29 @@ class Fetcher:
 
     def _read(self, device: Device, cluster: int, word: int, image: FarImage) -> None:
         begun = time.perf_counter()
+        from_remote = word >> TIER_SHIFT & TIER_MASK == Tier.REMOTE
+        reading = self._under_way[image] = _Reading(device)
 
-        def done(reading: asyncio.Future[bytes]) -> None:
+        def told(content: bytes, error: OSError | None) -> None:
             del self._under_way[image]
-            if not reading.cancelled() and not reading.exception():
-                image.content = reading.result()
+            if error is None:
+                image.content = content
             elif device.far_images.get(cluster) is image:  # whoever comes next reads it again
                 del device.far_images[cluster]
             self._count(device, time.perf_counter() - begun, from_remote=from_remote)
+            for waiter in reading.waiters:
+                if not waiter.done():
+                    waiter.set_result(error)
 
-        from_remote = word >> TIER_SHIFT & TIER_MASK == Tier.REMOTE
+        device.budget.may_have_grown(2 * CLUSTER)  # sealed, and open
         if from_remote:
             assert device.remote
             slot, length = word >> SLOT_SHIFT & 1, word >> LENGTH_SHIFT & LENGTH_MASK
-            source: Future[bytes] = device.remote.fetch(cluster, slot, length, on_loop=True)
+            device.remote.ask(cluster, slot, length, self._mailbox.callback(told), on_loop=True)
         else:
+            tell = self._mailbox.callback(told)
             source = self._readers.submit(device.load_image, cluster, word)
-        device.budget.may_have_grown(2 * CLUSTER)  # sealed, and open
-        under_way = self._mailbox.future(source)
-        self._under_way[image] = (device, under_way)
-        under_way.add_done_callback(done)
+            source.add_done_callback(lambda done: _pass_on(done, tell))
 
     def _count(self, device: Device, seconds: float, *, from_remote: bool) -> None:
         if from_remote:
@@ -177,7 +190,15 @@ class Fetcher:
 
     def is_reading(self, device: Device) -> bool:
         """Whether a worker looks at a device's files just now."""
-        return any(of is device for of, _ in self._under_way.values())
+        return any(reading.device is device for reading in self._under_way.values())
 
     def close(self) -> None:
         self._readers.shutdown()
+
+
+def _pass_on(done: "Future[bytes]", tell: Told[bytes]) -> None:
+    error = done.exception()
+    if error is None:
+        tell(done.result(), None)
+    else:
+        tell(b"", error if isinstance(error, OSError) else OSError(errno.EIO, repr(error)))

@@ -2,10 +2,12 @@
 
 import asyncio
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
 T = TypeVar("T")
+Told = Callable[[T, OSError | None], None]  # what came of it, if there was no error
 
 
 class Mailbox:
@@ -15,22 +17,30 @@ class Mailbox:
         self._lock = threading.Lock()
         self._thread = 0  # the loop's
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._done: list[tuple[asyncio.Future[object], Future[object]]] = []
+        self._done: list[Callable[[], None]] = []
 
     def future(self, work: "Future[T]") -> "asyncio.Future[T]":
         """A future of the loop for one of a worker; who loses interest in it does not stop the work."""
-        if self._loop is None:
-            self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
-        waiting: asyncio.Future[T] = self._loop.create_future()
-        work.add_done_callback(lambda done: self._put(waiting, done))  # type: ignore[arg-type]
+        waiting: asyncio.Future[T] = self._here().create_future()
+        work.add_done_callback(lambda done: self._put(lambda: _tell(waiting, done)))
         return waiting
 
-    def _put(self, waiting: "asyncio.Future[object]", done: "Future[object]") -> None:
+    def callback(self, told: "Told[T]") -> "Told[T]":
+        """Calls `told` on the loop, whoever calls it."""
+        self._here()
+        return lambda result, error: self._put(lambda: told(result, error))
+
+    def _here(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
+        return self._loop
+
+    def _put(self, tell: Callable[[], None]) -> None:
         if threading.get_ident() == self._thread:  # the loop has done it itself
-            _tell(waiting, done)
+            tell()
             return
         with self._lock:
-            self._done.append((waiting, done))
+            self._done.append(tell)
             wake = len(self._done) == 1
         if wake and self._loop and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._deliver)
@@ -38,11 +48,11 @@ class Mailbox:
     def _deliver(self) -> None:
         with self._lock:
             delivered, self._done = self._done, []
-        for waiting, done in delivered:
-            _tell(waiting, done)
+        for tell in delivered:
+            tell()
 
 
-def _tell(waiting: "asyncio.Future[object]", done: "Future[object]") -> None:
+def _tell(waiting: "asyncio.Future[T]", done: "Future[T]") -> None:
     if waiting.done():
         return
     error = done.exception()

@@ -8,8 +8,7 @@ import asyncio
 import errno
 import mmap
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -358,7 +357,7 @@ async def _read(connection: "Connection", flags: int, cookie: int, offset: int, 
     hole = offset  # where the hole begins that the last parts were
     try:
         for start, stop in _parts(offset, end):
-            async with _turn(connection, stop - start):
+            async with _Turn(connection, stop - start):
                 connection.ahead.follow(connection.device, start, stop)
                 pieces = await connection.fetcher.gather(connection.device, start, stop)
                 if _in_one_piece(connection, flags):
@@ -369,7 +368,8 @@ async def _read(connection: "Connection", flags: int, cookie: int, offset: int, 
                         pieces = _with_hole_before(hole, pieces)
                     connection.send(_chunks(connection, cookie, offset, pieces, end))
                     hole = stop
-            await pause()
+            if stop != end:
+                await pause()
     except OSError as error:
         _fail_read(connection, cookie, offset, error)
 
@@ -379,7 +379,7 @@ async def _read_whole(connection: "Connection", cookie: int, offset: int, end: i
     pause = _Pause()
     try:
         for start, stop in _parts(offset, end):
-            async with _turn(connection, stop - start):
+            async with _Turn(connection, stop - start):
                 await connection.fetcher.check(connection.device, start, stop)
             await pause()
     except OSError as error:
@@ -390,7 +390,7 @@ async def _read_whole(connection: "Connection", cookie: int, offset: int, end: i
         try:
             for start, stop in _parts(offset, end):
                 await connection.drained(occupied=True)
-                async with connection.fetcher.turns, _memory(connection, stop - start):
+                async with connection.fetcher.turns, _Memory(connection, stop - start):
                     send(_whole(await connection.fetcher.gather(connection.device, start, stop)))
                 await pause()
         except OSError as error:
@@ -401,35 +401,57 @@ def _parts(offset: int, end: int) -> Iterator[tuple[int, int]]:
     return ((start, min(end, start + _INLINE_READ_BYTES)) for start in range(offset, end, _INLINE_READ_BYTES))
 
 
-@asynccontextmanager
-async def _turn(connection: "Connection", length: int) -> AsyncIterator[None]:
-    """To read something and send it: only so much at once in all, and nothing for a client that takes nothing."""
-    fetcher = connection.fetcher
-    turns = fetcher.short_turns if length <= CLUSTER else fetcher.turns
-    while True:
-        await connection.drained()
-        async with turns, _memory(connection, length):
-            if connection.is_drained():
-                yield
-                return
-
-
-@asynccontextmanager
-async def _memory(connection: "Connection", length: int) -> AsyncIterator[None]:
+class _Memory:
     """To hold what it takes to read `length` bytes: sealed, compressed, and as they are.
 
     When what is held is too much already, reclaim comes first. But no READ is refused for that, or waits for long.
     """
-    budget, holding = connection.device.budget, connection.fetcher.holding
-    pages = 3 * length // PAGE + 1
-    await holding.take(budget, pages)
-    try:
+
+    def __init__(self, connection: "Connection", length: int) -> None:
+        self._connection = connection
+        self._pages = 3 * length // PAGE + 1
+
+    async def __aenter__(self) -> None:
+        budget, holding = self._connection.device.budget, self._connection.fetcher.holding
+        await holding.take(budget, self._pages)
         if budget.free_pages <= 0:
-            with suppress(OSError):
-                await _Patience(connection, _RELIEF_S).enough_for(budget.check_edge)
-        yield
-    finally:
-        holding.give(pages)
+            try:
+                await _Patience(self._connection, _RELIEF_S).enough_for(budget.check_edge)
+            except OSError:
+                pass
+            except BaseException:
+                holding.give(self._pages)
+                raise
+
+    async def __aexit__(self, *_: object) -> None:
+        self._connection.fetcher.holding.give(self._pages)
+
+
+class _Turn:
+    """To read something and send it: only so much at once in all, and nothing for a client that takes nothing."""
+
+    def __init__(self, connection: "Connection", length: int) -> None:
+        fetcher = connection.fetcher
+        self._connection = connection
+        self._turns = fetcher.short_turns if length <= CLUSTER else fetcher.turns
+        self._memory = _Memory(connection, length)
+
+    async def __aenter__(self) -> None:
+        while True:
+            await self._connection.drained()
+            await self._turns.acquire()
+            try:
+                await self._memory.__aenter__()
+            except BaseException:
+                self._turns.release()
+                raise
+            if self._connection.is_drained():
+                return
+            await self.__aexit__()
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._memory.__aexit__()
+        self._turns.release()
 
 
 def _fail_read(connection: "Connection", cookie: int, offset: int, error: OSError) -> None:

@@ -5,7 +5,7 @@ import errno
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -167,15 +167,19 @@ async def test_an_edge_for_which_there_is_no_memory_is_enospc(slow: SlowDisk, fe
 
 async def test_who_comes_when_the_reading_is_just_over_gets_what_was_read(slow: SlowDisk, fetcher: Fetcher) -> None:
     slow.put(3, OLD)
-    read: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+    read: list[Callable[[], None]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fetcher._mailbox, "future", lambda source: read)
+        patch.setattr(fetcher._mailbox, "callback", lambda tell: lambda *found: read.append(lambda: tell(*found)))
         first = asyncio.create_task(fetcher.fetch(slow.device, 3))
+        while not read:
+            await asyncio.sleep(0.001)
+        edges = asyncio.create_task(fetcher.fetch_edges(slow.device, 3 * CLUSTER + 1, 3 * CLUSTER + 2))
         await asyncio.sleep(0)
-        read.set_result(OLD)  # and nobody has been told yet
-        await fetcher.fetch_edges(slow.device, 3 * CLUSTER + 1, 3 * CLUSTER + 2)
+        read[0]()  # the loop is told just now
+        await edges
         assert slow.device.read(3 * CLUSTER, PAGE) == OLD[:PAGE]
         assert (await first).content == OLD
+    assert slow.loads == 1
 
 
 # -- what the kernel has at hand ------------------------------------------------------------------------

@@ -4,9 +4,10 @@ A thread per node, as the engine has it for everything else, was measured with 2
 takes longer to hand an image from thread to thread than to receive, decrypt and decompress it. So where all goes well
 nobody else takes part: what the loop asks for in one go is sent in one go, and what has arrived is opened at once.
 
-The library makes the connections (in a thread: that blocks), and packs and parses. Whatever else happens is the
-engine's: as long as there is no connection, when one breaks, and when a node answers with an error, the commands are
-sent to it, which knows what is to be done. They may be sent twice, since they only read.
+The library makes the connections (in a thread: that blocks), and packs. Answers are parsed here: they are values, one
+behind the other, and each is decrypted right out of what was received. Whatever else happens is the engine's: as long
+as there is no connection, when one breaks, and when a node answers with an error, the commands are sent to it, which
+knows what is to be done. They may be sent twice, since they only read.
 """
 
 import asyncio
@@ -26,8 +27,12 @@ from nbdram.memory.tiers.remote_settings import ANSWER_S, Address, address_text
 log = logging.getLogger("nbdram.remote")
 
 _RECEIVE_BYTES: Final = 256 * 1024
+_MOST_BYTES: Final = 96 * 1024  # of a value and what comes with it
+_LINE_BYTES: Final = 1024
 _TLS_RECORDS: Final = 16  # received at once: what TLS has decrypted does not make a socket readable
 _AGAIN_S: Final = 1.0  # a node that could not be connected to is tried again after this
+_NO_ANSWER: Final = "that is no answer to what was asked"
+_VALUE, _ERROR = b"$-"
 _NOT_NOW: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -40,7 +45,10 @@ class Reads:
         self._closed = False
 
     def send(self, command: Command) -> None:
-        """A command that reads. Its `finish` is called by the loop, or by a thread if something was in the way."""
+        """A command that gets a value. Its `finish` is called by the loop, or by a thread if something was in the way.
+
+        What it is called with is a view of what was received, good until it returns.
+        """
         owner = None if self._closed else self._engine.owner(command.key)
         if owner is not None:
             line = self._lines.get(owner)
@@ -68,8 +76,9 @@ class _Line:
         self._again_at = 0.0
         self._connection: AbstractConnection | None = None
         self._socket: Any = None  # the library's
-        self._reader = hiredis.Reader()
         self._buffer = bytearray(_RECEIVE_BYTES)
+        self._view = memoryview(self._buffer)
+        self._start = self._end = 0  # of what was received and not parsed yet
         self._rounds = _TLS_RECORDS if engine.settings.tls else 1
         self._queued: list[Command] = []
         self._unsent = b""
@@ -107,8 +116,7 @@ class _Line:
         self._connection = connection
         self._socket = connection._get_socket()
         self._socket.setblocking(False)
-        self._reader = hiredis.Reader()
-        self._reader.setmaxbuf(2 * _RECEIVE_BYTES)  # above this it gives its buffer back after each reply
+        self._start = self._end = 0
         self._loop.add_reader(self._socket.fileno(), self._readable)
 
     def _lost(self, why: Exception | str) -> None:
@@ -171,7 +179,7 @@ class _Line:
             if self._connection is None:
                 return
             try:
-                length = self._socket.recv_into(self._buffer)
+                length = self._socket.recv_into(self._view[self._end :])
             except _NOT_NOW:
                 return
             except OSError as error:
@@ -180,23 +188,48 @@ class _Line:
             if not length:
                 self._lost("it was closed")
                 return
-            self._received(length)
+            self._end += length
+            self._heard_at = self._loop.time()
+            try:
+                self._parse()
+            except ValueError as error:
+                self._lost(error)
         if self._rounds > 1 and self._connection is not None and self._socket.pending():
             self._loop.call_soon(self._readable)
 
-    def _received(self, length: int) -> None:
-        self._heard_at = self._loop.time()
-        gets: Callable[[], Any] = self._reader.gets
-        try:
-            self._reader.feed(self._buffer, 0, length)  # type: ignore[arg-type]  # it takes any buffer
-            while self._sent and (reply := gets()) is not False:
-                command = self._sent.popleft()
-                if isinstance(reply, hiredis.ReplyError):
-                    self._engine.send(command)
-                else:
-                    command.finish(reply, None)
-        except hiredis.ProtocolError as error:
-            self._lost(error)
+    def _parse(self) -> None:
+        """Hand over what has arrived. ValueError if that can't be an answer to what was asked."""
+        at, end, find = self._start, self._end, self._buffer.find
+        while at < end:
+            after = find(b"\r\n", at, min(end, at + _LINE_BYTES)) + 2
+            if after < 2:
+                if end - at >= _LINE_BYTES:
+                    raise ValueError(_NO_ANSWER)
+                break
+            if not self._sent:
+                raise ValueError(_NO_ANSWER)
+            value: memoryview | None = None
+            is_value = self._buffer[at] == _VALUE
+            if is_value and (length := int(self._buffer[at + 1 : after - 2])) >= 0:
+                if length > _MOST_BYTES - _LINE_BYTES:
+                    raise ValueError(_NO_ANSWER)
+                if after + length + 2 > end:
+                    break
+                value = self._view[after : after + length]
+                after += length + 2
+            elif not is_value and self._buffer[at] != _ERROR:
+                raise ValueError(_NO_ANSWER)
+            self._start = at = after
+            command = self._sent.popleft()
+            if is_value:
+                command.finish(value, None)
+            else:
+                self._engine.send(command)
+        if at == end:
+            self._start = self._end = 0
+        elif len(self._buffer) - at < _MOST_BYTES:
+            self._buffer[: end - at] = self._buffer[at:end]
+            self._start, self._end = 0, end - at
 
     def _look(self) -> None:
         """Whether the node still answers."""

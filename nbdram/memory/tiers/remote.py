@@ -25,6 +25,7 @@ from uuid import UUID
 from nbdram.errors import NbdramError
 from nbdram.memory.codec import IntegrityError, MissingImage
 from nbdram.memory.layout import CLUSTER, PAGE, Tier
+from nbdram.memory.mailbox import Told
 from nbdram.memory.packer import Packer
 from nbdram.memory.tiers.engine import Command, Engine, Finish
 from nbdram.memory.tiers.generations import GENERATIONS_BYTES, Generations
@@ -136,7 +137,7 @@ class Remote:
     def seal(self, image: bytes, label: bytes) -> bytes:
         return self._seal.seal(image, label)
 
-    def open_sealed(self, sealed: bytes, label: bytes) -> bytes:
+    def open_sealed(self, sealed: bytes | memoryview, label: bytes) -> bytes:
         return self._seal.open(sealed, label)
 
     def stored(self, length: int) -> None:
@@ -287,30 +288,42 @@ class RemoteTier:
         self.remote.use(CLUSTER // PAGE)  # at most
         return Handed(self, cluster, slot, generation, line)
 
-    def fetch(
-        self, cluster: int, slot: int, length: int, wait_s: float | None = None, *, on_loop: bool = False
-    ) -> "Future[bytes]":
-        """An image of `length` bytes; OSError if the remote is away for too long, IntegrityError if it is not there.
+    def fetch(self, cluster: int, slot: int, length: int, wait_s: float | None = None) -> "Future[bytes]":
+        """An image of `length` bytes; errors as `ask` has them."""
+        fetching: Future[bytes] = Future()
+        self.ask(cluster, slot, length, lambda image, error: _settle(fetching, image, error), wait_s)
+        return fetching
 
+    def ask(
+        self,
+        cluster: int,
+        slot: int,
+        length: int,
+        told: "Told[bytes]",
+        wait_s: float | None = None,
+        *,
+        on_loop: bool = False,
+    ) -> None:
+        """`told` gets an image of `length` bytes, by whatever thread.
+
+        OSError if the remote is away for too long, IntegrityError if it is not there, or not what was stored.
         `on_loop`: the event loop asks, which may do it without the help of a thread.
         """
         generation = self.generations.at(cluster, slot)
-        fetching: Future[bytes] = Future()
 
-        def finish(sealed: bytes | None, error: OSError | None) -> None:
+        def finish(sealed: bytes | memoryview | None, error: OSError | None) -> None:
             image = b""
             if error is None:
                 try:
                     image = self._open(sealed, cluster, generation, length)
                 except OSError as damage:
                     error = damage
-            _settle(fetching, image, error)
+            told(image, error)
 
         wait_s = self.remote.settings.wait_s if wait_s is None else wait_s
         self.remote.fetch(self._key(cluster, generation), wait_s, finish, on_loop=on_loop)
-        return fetching
 
-    def _open(self, sealed: bytes | None, cluster: int, generation: int, length: int) -> bytes:
+    def _open(self, sealed: bytes | memoryview | None, cluster: int, generation: int, length: int) -> bytes:
         if sealed is None:
             raise MissingImage("an image is missing in the remote")
         image = self.remote.open_sealed(sealed, self._label(cluster, generation))

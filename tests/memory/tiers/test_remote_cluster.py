@@ -12,6 +12,7 @@ from redis.crc import key_slot
 
 from nbdram.memory.device import Device
 from nbdram.memory.layout import RESIDENT, SLOT_SHIFT, TIER_MASK, TIER_SHIFT, Tier
+from nbdram.memory.mailbox import Mailbox
 from nbdram.protocol.wire import Command, Error
 from tests.helpers import CLUSTER, MIB, eventually, run, running
 from tests.memory.tiers.redis_cluster import HASTY_MS, SLOTS, Cluster, cluster, is_master, until
@@ -167,9 +168,10 @@ async def test_a_slot_on_its_way_is_asked_for_where_its_keys_are_by_now(redis_cl
             before = rig.remote.retries
             assert rig.load(rig.first, 0, 0, CLUSTER) == NOISE
             assert rig.remote.retries > before, "nobody was sent on"
+            told: asyncio.Queue[tuple[bytes, OSError | None]] = asyncio.Queue()
             for _ in range(3):  # the loop has no connection yet, then it has
-                fetched = await asyncio.wrap_future(tier.fetch(0, 0, CLUSTER, on_loop=True))
-                assert fetched == NOISE
+                tier.ask(0, 0, CLUSTER, Mailbox().callback(lambda *found: told.put_nowait(found)), on_loop=True)
+                assert await told.get() == (NOISE, None)
                 await asyncio.sleep(0.05)
             rig.drop(rig.first, 0, 0, CLUSTER)
         assert redis_cluster.keys("nbdram:image:*") == []
