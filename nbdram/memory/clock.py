@@ -1,11 +1,15 @@
 """The clock: picks victims in address order with a second chance; moves nothing.
 
+What was only ever written has none: its first touch is the one that brought it. So whoever writes more than there is
+memory for makes room out of what it wrote itself, and not out of what others read.
+
 Its only input are the reference bytes, so a pass over idle memory is a search for a byte value. Holes are
 skipped through the index file's own holes. On a real ext4 trace this was as good as LRU and better than SIEVE
 and S3-FIFO: the client's page cache has already absorbed the re-use that those feed on.
 """
 
 from collections.abc import Mapping, Sequence
+from mmap import mmap
 from typing import TYPE_CHECKING, Final
 
 from nbdram.memory.layout import SECOND_CHANCES, Reference
@@ -22,13 +26,13 @@ Victim = tuple["Device", int]  # a device and one of its clusters
 
 
 class Clock:
-    """One hand over all devices, that stops at clusters whose reference byte is `wanted`.
+    """One hand over all devices, that stops at clusters whose reference byte is one of `wanted`.
 
     Clusters that it passes lose their second chance: what it `ages`, each state to another one.
     """
 
-    def __init__(self, wanted: Reference, ages: Mapping[int, int] = SECOND_CHANCES) -> None:
-        self._wanted = bytes((wanted,))
+    def __init__(self, *wanted: Reference, ages: Mapping[int, int] = SECOND_CHANCES) -> None:
+        self._wanted = [bytes((value,)) for value in wanted]
         self._ages = bytes(ages)
         self._aged = bytes.maketrans(self._ages, bytes(ages.values()))
         self._device = 0
@@ -50,7 +54,7 @@ class Clock:
         found: list[Victim] = []
         at = start
         while len(found) < count:
-            at = references.find(self._wanted, at, after)
+            at = self._next(references, at, after)
             if at < 0:
                 break
             found.append((device, at))
@@ -69,3 +73,12 @@ class Clock:
             references[cluster] = state
         self._cluster = stop
         return found, False
+
+    def _next(self, references: mmap, start: int, after: int) -> int:
+        """The first of [start, after) that is wanted, -1 if none is."""
+        first = -1
+        for value in self._wanted:
+            nearer = references.find(value, start, after)
+            if nearer >= 0:
+                first = after = nearer
+        return first

@@ -18,7 +18,6 @@ from nbdram.memory.layout import (
     CLUSTER,
     CLUSTER_SHIFT,
     DIRTY_SHIFT,
-    IDLE,
     LENGTH_MASK,
     LENGTH_SHIFT,
     PAGE,
@@ -35,6 +34,7 @@ from nbdram.memory.layout import (
     TOUCHED,
     WHOLE,
     WORDS_PER_PAGE,
+    WRITE_TOUCH,
     Reference,
     Tier,
     pages_within,
@@ -116,7 +116,7 @@ class Device(Space):
                 mask = pages_within(cluster, offset, end)
                 if resident & mask != mask:
                     return False
-            if reference == IDLE:
+            if reference < TOUCHED:
                 references[cluster] = TOUCHED
         return True
 
@@ -249,7 +249,7 @@ class Device(Space):
         for first, last, tier in tiers_of(word, start - base, stop - base):
             buffers: list[Buffer] = []
             if tier == Tier.RESIDENT:
-                if self.references[cluster] == IDLE:
+                if self.references[cluster] < TOUCHED:
                     self.references[cluster] = TOUCHED
                 buffers = [self.hot_view[base + first : base + last]]
             elif tier == Tier.RAM:
@@ -373,7 +373,8 @@ class Device(Space):
             return 0
         for cluster in range(first, after):
             mask = pages_within(cluster, offset, end)
-            if references[cluster]:
+            reference = references[cluster]
+            if reference:
                 word = words[cluster]
             else:
                 word = 0
@@ -381,7 +382,7 @@ class Device(Space):
             added = (mask & ~word).bit_count()
             new_pages += added
             words[cluster] = new_word = word | mask * RESIDENT_AND_DIRTY
-            references[cluster] = TOUCHED
+            references[cluster] = WRITE_TOUCH[reference]
             if word >> LENGTH_SHIFT:
                 if new_word & WHOLE == WHOLE:  # no page needs the image any more
                     words[cluster] = WHOLE

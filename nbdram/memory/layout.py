@@ -56,9 +56,10 @@ class Reference(IntEnum):
 
     HOLE = 0
     IDLE = 1  # has resident pages, and was not touched since the clock's hand went by
-    TOUCHED = 2
-    STUCK = 3  # would not compress: left alone until it is written again, or there is room below RAM
+    FRESH = 2  # was written since no page of it was resident, and neither read nor written again
+    TOUCHED = 3
     COLD = 4  # no page is resident, the image is in RAM
+    STUCK = 5  # would not compress: left alone until it is written again, or there is room below RAM
     FAR = 6  # no page is resident, the image is on disk
     FAR_TOUCHED = 7
     REMOTE = 8  # no page is resident, the image is in the memory of other machines
@@ -66,6 +67,7 @@ class Reference(IntEnum):
 
 
 IDLE: Final = int(Reference.IDLE)
+FRESH: Final = int(Reference.FRESH)
 TOUCHED: Final = int(Reference.TOUCHED)
 # A page was read out of the image in RAM: the cluster is touched, and its reference byte tells the page. It is one of
 # these and the page's number, the second if other pages of the cluster are resident. When the same page is read again
@@ -81,7 +83,12 @@ SECOND_CHANCES: Final[dict[int, int]] = {
     **dict.fromkeys(range(READ_ONCE_BESIDE, READ_ONCE_BESIDE + PAGES_PER_CLUSTER), Reference.IDLE),
 }
 # What a READ makes of the reference bytes of clusters whose pages are all resident.
-READ_TOUCH: Final = bytes.maketrans(bytes((IDLE,)), bytes((TOUCHED,)))
+READ_TOUCH: Final = bytes.maketrans(bytes((IDLE, FRESH)), bytes((TOUCHED, TOUCHED)))
+# What a WRITE to pages that were not resident makes of a reference byte.
+WRITE_TOUCH: Final = bytes(
+    FRESH if value in (Reference.HOLE, FRESH, Reference.COLD, Reference.FAR, Reference.REMOTE) else TOUCHED
+    for value in range(256)
+)
 # The reference byte of an idle cluster without resident pages, by the tier of its image.
 COLD_REFERENCE: Final = {Tier.RAM: Reference.COLD, Tier.DISK: Reference.FAR, Tier.REMOTE: Reference.REMOTE}
 

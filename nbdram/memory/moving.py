@@ -50,7 +50,7 @@ class Mover:
     def __init__(self, devices: Callable[[], Sequence[Device]], counters: ReclaimCounters) -> None:
         self._devices = devices
         self._counters = counters
-        self._clock = Clock(Reference.FAR, {Reference.FAR_TOUCHED: Reference.FAR})
+        self._clock = Clock(Reference.FAR, ages={Reference.FAR_TOUCHED: Reference.FAR})
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="nbdram-move")
         self._mailbox = Mailbox()
         self._ending = False

@@ -102,7 +102,7 @@ class Reclaimer:
         self.counters = ReclaimCounters()
         self._budget = budget
         self._devices = devices
-        self._clock = Clock(Reference.IDLE)
+        self._clock = Clock(Reference.FRESH, Reference.IDLE)
         self._image_clock = Clock(Reference.COLD)
         self._workers = ThreadPoolExecutor(1, thread_name_prefix="nbdram-compress")
         self._packer = packer
@@ -254,6 +254,8 @@ class Reclaimer:
                         continue
                     jobs.append(_Job(device, cluster, word))
                     device.reclaiming.add(cluster)
+                    if word & RESIDENT:
+                        device.references[cluster] = Reference.IDLE
                 else:
                     device.drop_resident(cluster)
                     self.counters.dropped_clean += 1

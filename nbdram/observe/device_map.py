@@ -14,6 +14,7 @@ from typing import Final
 from nbdram.memory.device import Device
 from nbdram.memory.layout import (
     CLUSTER,
+    FRESH,
     PAGES_PER_CLUSTER,
     RESIDENT,
     SECOND_CHANCES,
@@ -28,7 +29,7 @@ _CELLS_AT_ONCE: Final = 32
 _CLUSTERS_AT_ONCE: Final = 4096
 _REST_S: Final = 0.00005
 
-_HOT: Final = bytes(SECOND_CHANCES)
+_HOT: Final = bytes((FRESH, *SECOND_CHANCES))
 
 Span = tuple[int, int]  # clusters [first, after)
 

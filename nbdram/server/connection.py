@@ -31,7 +31,7 @@ from typing import Any, Final, Protocol, cast
 from nbdram.access import Client
 from nbdram.memory.device import Device, FarPage
 from nbdram.memory.incoming import Incoming
-from nbdram.memory.layout import CLUSTER, CLUSTER_SHIFT, IDLE, RESIDENT_AND_DIRTY_MASKS, RESIDENT_MASKS, TOUCHED
+from nbdram.memory.layout import CLUSTER, CLUSTER_SHIFT, RESIDENT_AND_DIRTY_MASKS, RESIDENT_MASKS, TOUCHED
 from nbdram.memory.readahead import ReadAhead
 from nbdram.memory.space import Copies
 from nbdram.protocol import wire
@@ -432,7 +432,7 @@ class Connection(asyncio.BufferedProtocol):
                     if reference:
                         mask = masks[within >> 12 << 4 | (within + length - 1) >> 12]
                         if words[cluster] & mask == mask:
-                            if reference == IDLE:
+                            if reference < TOUCHED:
                                 references[cluster] = TOUCHED
                             resident = True
                         elif self._read_cold(out, cluster, cookie, offset, stop):

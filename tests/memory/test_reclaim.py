@@ -190,6 +190,29 @@ async def test_a_device_that_is_closed_while_it_is_compressed_does_not_end_recla
         await reclaimer.stop()
 
 
+@pytest.mark.parametrize("hand_comes_by", [False, True])
+def test_what_is_trimmed_and_written_anew_while_it_is_compressed_is_not_taken_for_what_it_was(
+    device: Device, hand_comes_by: bool
+) -> None:
+    """Its word is the same as before, and it is as fresh."""
+    reclaimer = Reclaimer(device.budget, lambda: [device])
+    device.write(0, b"old " * (CLUSTER // 4))
+    jobs, _ = reclaimer._pick(images=False)
+    assert [job.cluster for job in jobs] == [0]
+    reclaim._store(jobs)
+    for _ in device.trim(0, CLUSTER):
+        pass
+    device.write(0, b"new " * (CLUSTER // 4))
+    assert device.words[0] == jobs[0].word
+    while hand_comes_by:
+        found, came_round = reclaimer._pick(images=False)
+        assert not found
+        hand_comes_by = not came_round
+    reclaimer._settle(jobs[0])
+    assert reclaimer.counters.thrown_away == 1
+    assert device.read(0, CLUSTER) == b"new " * (CLUSTER // 4)
+
+
 async def test_clusters_that_are_touched_all_the_time_are_no_reason_to_give_up(
     device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
