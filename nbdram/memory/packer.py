@@ -28,6 +28,8 @@ log = logging.getLogger("nbdram.reclaim")
 
 _DYING_S: Final = 0.1  # between a process's last file and its end
 _AGAIN_S: Final = 10.0  # after this a lost process is replaced
+_PATIENCE_S: Final = 5.0  # for a batch, which takes milliseconds: somebody has stopped the process
+_SEND_PATIENCE_S: Final = 30.0  # to a remote: the process itself gives up a node that is silent
 _PROGRAM: Final = "import sys; from nbdram.memory.packing import serve; serve(int(sys.argv[1]))"
 
 Wanted = tuple[Device, int, int]  # a device, one of its clusters, and its word
@@ -88,18 +90,20 @@ class Packer:
 
     async def pack(self, wanted: Sequence[Wanted]) -> list[int]:
         """What `packing.pack` returns for each, FAILED for all if the process can't be asked."""
-        return await self._ask(b"P", REQUEST, wanted)
+        return await self._ask(b"P", REQUEST, wanted, _PATIENCE_S)
 
     async def send(self, wanted: Sequence[WantedToSend]) -> list[int]:
         """Have images stored in a remote; the word of each, or FAILED if it is not known to be there."""
-        return await self._ask(b"S", REQUEST_TO_SEND, wanted)
+        return await self._ask(b"S", REQUEST_TO_SEND, wanted, _SEND_PATIENCE_S)
 
     def give_line(self, number: int, replicas: int, secret: bytes, fd: int) -> None:
         """The process has a socket to a node of the remote from now on. OSError if it can't be told."""
         assert self._socket
         socket.send_fds(self._socket, [HEAD.pack(b"C", number) + bytes((replicas,)) + secret], [fd])
 
-    async def _ask(self, kind: bytes, layout: Struct, wanted: "Sequence[Wanted] | Sequence[WantedToSend]") -> list[int]:
+    async def _ask(
+        self, kind: bytes, layout: Struct, wanted: "Sequence[Wanted] | Sequence[WantedToSend]", patience_s: float
+    ) -> list[int]:
         assert self._socket
         number = next(self._numbers)
         devices = list(dict.fromkeys(one[0] for one in wanted))
@@ -112,9 +116,14 @@ class Packer:
             socket.send_fds(self._socket, [HEAD.pack(kind, number) + batch], files)
         except OSError:
             return [FAILED] * len(wanted)
-        waiting: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        waiting: asyncio.Future[list[int]] = loop.create_future()
         self._waiting[number] = waiting
-        return await waiting or [FAILED] * len(wanted)
+        patience = loop.call_later(patience_s, self._lose, f"has not answered for {patience_s:g} s")
+        try:
+            return await waiting or [FAILED] * len(wanted)
+        finally:
+            patience.cancel()
 
     def _answered(self) -> None:
         assert self._socket
@@ -125,8 +134,7 @@ class Packer:
         except OSError:
             answer = b""
         if not answer:
-            log.warning("the process that compresses has gone: a thread goes on, and there will be another one")
-            self._forget()
+            self._lose("has gone")
         elif answer == READY:
             self.is_ready = True
         else:
@@ -137,6 +145,10 @@ class Packer:
             waiting = self._waiting.pop(number)
             if not waiting.done():
                 waiting.set_result([word for (word,) in ANSWER.iter_unpack(answer[HEAD.size :])])
+
+    def _lose(self, how: str) -> None:
+        log.warning("the process that compresses %s: a thread goes on, and there will be another one", how)
+        self._forget()
 
     def _forget(self) -> None:
         """See to it that the process is gone: it must not write any more when others do its work. Tell who waits."""

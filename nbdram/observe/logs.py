@@ -34,7 +34,7 @@ EVENTS: Final[dict[str, tuple[str, ...]]] = {
     "%s: the data at offset %d is lost: %s": ("data_lost", "export", "offset", "reason"),
     "the memory budget is used up, and nothing more can be compressed": ("memory_full",),
     "no process can be started to compress in, a thread does it: %s": ("packer_failed", "reason"),
-    "the process that compresses has gone: a thread goes on, and there will be another one": ("packer_lost",),
+    "the process that compresses %s: a thread goes on, and there will be another one": ("packer_lost", "how"),
     "reclaim had an error and goes on: %r": ("reclaim_error", "error"),
     "%s is on tmpfs: what is swapped there stays in RAM": ("swap_on_tmpfs", "path"),
     "%s: can't write swap: %s; cold data stays in RAM for now": ("swap_write_failed", "path", "reason"),

@@ -166,17 +166,25 @@ async def test_under_load_the_process_does_the_work_and_its_memory_counts(device
     assert not Path(f"/proc/{pid}").exists()
 
 
+@pytest.mark.parametrize(
+    ("sent", "told"), [(signal.SIGKILL, "has gone"), (signal.SIGSTOP, "has not answered for 0.1 s")]
+)
 async def test_nothing_is_lost_with_the_process_and_another_one_comes(
-    device: Device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    device: Device,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    sent: signal.Signals,
+    told: str,
 ) -> None:
     monkeypatch.setattr(packer_module, "_AGAIN_S", 0.0)
+    monkeypatch.setattr(packer_module, "_PATIENCE_S", 0.1)
     async with reclaiming(device) as packer:
         await fill(device, 0)
         killed = set()
         for generation in range(1, 6):
             await eventually(lambda: packer.is_ready)
             assert packer.pid
-            os.kill(packer.pid, signal.SIGKILL)
+            os.kill(packer.pid, sent)
             killed.add(packer.pid)
             await fill(device, 0, generation)
         assert len(killed) == 5
@@ -184,7 +192,7 @@ async def test_nothing_is_lost_with_the_process_and_another_one_comes(
         assert device.cold_pages * PAGE == device.ram.allocated_bytes()
         for cluster in range(COUNT):
             assert device.read(cluster * CLUSTER, CLUSTER) == text(cluster, 5)
-    assert "the process that compresses has gone" in caplog.text
+    assert f"the process that compresses {told}" in caplog.text
     assert "reclaim had an error" not in caplog.text
 
 
