@@ -102,6 +102,25 @@ async def test_block_status_of_many_extents_is_answered_one_at_a_time(mode: Repl
 
 
 @MODES
+async def test_a_client_that_sends_without_a_pause_lets_others_have_their_turn(mode: ReplyMode) -> None:
+    async with wired(mode, size=SIZE, memory=MEMORY) as (wire, device):
+        payload = bytes(range(1, 129)) * (8 * MIB // 128)
+        data = wire.client.request(Command.WRITE, 0, payload=payload)
+        at = turns = 0
+        while at < len(data):
+            taken = 0
+            while at < len(data) and not wire.paused:
+                taken += (fed := wire.feed_one(data[at:]))
+                at += fed
+            assert taken <= MIB + 256 * KIB  # the last receive may be as large as its buffer
+            turns += wire.paused
+            await asyncio.sleep(0)
+        assert turns >= 8
+        assert [answer.error for answer in (await wire.client.replies(1)).values()] == [0]
+        assert device.read(0, 8 * MIB) == payload
+
+
+@MODES
 async def test_a_client_that_reads_late_gets_all_of_it(mode: ReplyMode) -> None:
     async with wired(mode, size=SIZE, memory=MEMORY) as (wire, device):
         data = bytes(range(1, 129)) * (8 * MIB // 128)
