@@ -382,7 +382,7 @@ class Device(Space):
             added = (mask & ~word).bit_count()
             new_pages += added
             words[cluster] = new_word = word | mask * RESIDENT_AND_DIRTY
-            references[cluster] = WRITE_TOUCH[reference]
+            references[cluster] = TOUCHED if word & mask else WRITE_TOUCH[reference]
             if word >> LENGTH_SHIFT:
                 if new_word & WHOLE == WHOLE:  # no page needs the image any more
                     words[cluster] = WHOLE
