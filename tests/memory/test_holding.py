@@ -57,9 +57,9 @@ def test_what_is_measured_is_what_the_kernel_calls_anonymous() -> None:
 
 
 def test_threads_take_what_they_allocate_from_one_arena() -> None:
-    """glibc puts each arena of its own at a multiple of 64 MiB, which is 64 MiB of addresses."""
+    """glibc puts each arena of its own at a multiple of 64 MiB, and reserves all addresses up to the next one."""
     code = """if True:
-        import re, sys, threading
+        import sys, threading
         from nbdram.memory.malloc import share_one_arena
         if sys.argv[1] == "shared":
             assert share_one_arena()
@@ -70,9 +70,14 @@ def test_threads_take_what_they_allocate_from_one_arena() -> None:
         for _ in range(4):
             threading.Thread(target=work).start()
         barrier.wait()
-        found = re.findall("^([0-9a-f]+)-.* rw-p 00000000 00:00 0 *$", open("/proc/self/maps").read(), re.M)
+        areas = [line.split()[:2] for line in open("/proc/self/maps")]
         barrier.wait()
-        print(sum(int(start, 16) % (64 << 20) == 0 for start in found))
+        found = 0
+        for (used, how), (rest, how_rest) in zip(areas, areas[1:]):
+            start, end, rest_start, rest_end = (int(at, 16) for at in (used + "-" + rest).split("-"))
+            is_heap = (how, how_rest) == ("rw-p", "---p") and end == rest_start
+            found += is_heap and start % (64 << 20) == 0 and rest_end - start == 64 << 20
+        print(found)
     """
     arenas = {
         how: int(subprocess.run([sys.executable, "-c", code, how], capture_output=True, check=True).stdout)
