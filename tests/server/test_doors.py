@@ -16,7 +16,7 @@ from nbdram.protocol.handshake import Failure
 from nbdram.protocol.wire import Command
 from nbdram.server.doors import Door, Newcomers, _origin
 from nbdram.server.service import SEND_BUFFER_BYTES
-from tests.helpers import GREETING, MIB, Client, Served, dial, eventually, served
+from tests.helpers import GREETING, MIB, PAGE, Client, Served, dial, eventually, served
 
 HERE = (Endpoint(host="127.0.0.1", port=0),)
 
@@ -188,14 +188,16 @@ async def test_large_send_buffers_are_for_those_who_read(tmp_path: Path) -> None
         await deaf.write(0, bytes(MIB))
         deaf.writer.transport.pause_reading()  # type: ignore[attr-defined]
         await deaf.send(b"".join(deaf.request(Command.READ, 0, MIB) for _ in range(64)))
-        readers = [await here.entered() for _ in range(20)]
+        service = here.server.service
+        most = max(8, service.exports.budget.limit_pages * PAGE // 16 // (2 * SEND_BUFFER_BYTES))
+        readers = [await here.entered() for _ in range(most + 4)]
         for reader in readers:
             assert len(await reader.read(0, MIB)) == MIB
-        sizes = [send_buffer(here, number) for number in range(21)]
+        sizes = [send_buffer(here, number) for number in range(most + 5)]
         assert sizes[0] < SEND_BUFFER_BYTES
         granted = [size for size in sizes if size >= SEND_BUFFER_BYTES]
-        assert 8 <= len(granted) < 20
-        assert len(here.server.service.roomy) == len(granted)
+        assert len(granted) == most
+        assert len(service.roomy) == len(granted)
         for reader in readers:
             reader.kill()
         await eventually(lambda: not here.server.service.roomy)
