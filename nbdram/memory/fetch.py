@@ -8,7 +8,7 @@ import asyncio
 import errno
 import time
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from nbdram.memory.codec import IntegrityError
@@ -112,7 +112,7 @@ class Fetcher:
             if error is not None and image.is_current:
                 if isinstance(error, IntegrityError):
                     device.note_damage(cluster, error)
-                raise error
+                raise error.with_traceback(None)  # they all get this one, and each would add to where it has been
         return image
 
     def fetch_ahead(self, device: Device, cluster: int) -> None:
@@ -172,9 +172,7 @@ class Fetcher:
             slot, length = word >> SLOT_SHIFT & 1, word >> LENGTH_SHIFT & LENGTH_MASK
             device.remote.ask(cluster, slot, length, self._mailbox.callback(told), on_loop=True)
         else:
-            tell = self._mailbox.callback(told)
-            source = self._readers.submit(device.load_image, cluster, word)
-            source.add_done_callback(lambda done: _pass_on(done, tell))
+            self._readers.submit(_load, device, cluster, word, self._mailbox.callback(told))
 
     def _count(self, device: Device, seconds: float, *, from_remote: bool) -> None:
         if from_remote:
@@ -196,9 +194,10 @@ class Fetcher:
         self._readers.shutdown()
 
 
-def _pass_on(done: "Future[bytes]", tell: Told[bytes]) -> None:
-    error = done.exception()
-    if error is None:
-        tell(done.result(), None)
-    else:
+def _load(device: Device, cluster: int, word: int, tell: Told[bytes]) -> None:
+    try:
+        image = device.load_image(cluster, word)
+    except Exception as error:
         tell(b"", error if isinstance(error, OSError) else OSError(errno.EIO, repr(error)))
+    else:
+        tell(image, None)

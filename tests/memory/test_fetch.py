@@ -5,6 +5,7 @@ import errno
 import os
 import random
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -149,6 +150,31 @@ async def test_a_read_error_is_everybodys_who_waits_but_not_of_those_who_come_la
     assert joined(await fetcher.gather(slow.device, 3 * CLUSTER, 4 * CLUSTER)) == OLD
 
 
+async def test_who_waits_for_an_error_gets_it_without_the_frames_of_the_others(
+    slow: SlowDisk, fetcher: Fetcher
+) -> None:
+    slow.put(3, OLD)
+    slow.may_go.clear()
+    slow.error = OSError(errno.EIO, "a bad block")
+    reads = [asyncio.create_task(fetcher.fetch(slow.device, 3)) for _ in range(5)]
+    await begun(slow, 1)
+    slow.may_go.set()
+    await asyncio.wait(reads)
+    errors = [read.exception() for read in reads]
+    frames = [len(traceback.extract_tb(error.__traceback__)) for error in errors if error]
+    assert frames == [1] * 5
+
+
+async def test_a_reader_that_breaks_is_an_error_of_the_disk(slow: SlowDisk, fetcher: Fetcher) -> None:
+    slow.put(3, OLD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slow.device, "load_image", lambda *_: 1 // 0)
+        with pytest.raises(OSError, match="ZeroDivisionError") as caught:
+            await fetcher.gather(slow.device, 3 * CLUSTER, 4 * CLUSTER)
+    assert caught.value.errno == errno.EIO
+    assert joined(await fetcher.gather(slow.device, 3 * CLUSTER, 4 * CLUSTER)) == OLD
+
+
 async def test_a_page_that_is_asked_for_becomes_resident_alone(slow: SlowDisk, fetcher: Fetcher) -> None:
     slow.put(3, OLD)
     at = 3 * CLUSTER + 5 * PAGE
@@ -185,23 +211,20 @@ async def test_who_comes_when_the_reading_is_just_over_gets_what_was_read(slow: 
 # -- what the kernel has at hand ------------------------------------------------------------------------
 
 
-def has_nowait(path: Path) -> bool:
-    """Whether the file system says what it has in the page cache."""
-    with (path / "probe").open("w+b", buffering=0) as file:
-        file.write(b"there")
-        try:
-            return os.preadv(file.fileno(), [bytearray(5)], 0, os.RWF_NOWAIT) == 5
-        except OSError:
-            return False
-
-
 async def test_what_the_kernel_has_in_its_cache_needs_no_thread(
-    slow: SlowDisk, fetcher: Fetcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slow: SlowDisk, fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not has_nowait(tmp_path):
-        pytest.skip("the file system has no reads that do not wait")
+    real = os.preadv
+    asked: list[int] = []
+
+    def preadv(fd: int, buffers: list[bytearray], offset: int, flags: int = 0) -> int:
+        """From the real file, as file systems do that have such reads, and when it is in the page cache."""
+        asked.append(flags)
+        return real(fd, buffers, offset)
+
     slow.put(3, OLD)
     monkeypatch.setattr(slow.device.disk, "load_now", slow.load_now)
+    monkeypatch.setattr(os, "preadv", preadv)
     images = fetcher.at_hand(slow.device, 3 * CLUSTER, 4 * CLUSTER)
     assert images
     assert images[3].content == OLD
@@ -209,6 +232,26 @@ async def test_what_the_kernel_has_in_its_cache_needs_no_thread(
     assert joined(await fetcher.gather(slow.device, 3 * CLUSTER, 4 * CLUSTER)) == OLD
     assert slow.loads == 0
     assert fetcher.fetched == slow.device.disk_faults == 2
+    assert asked == [os.RWF_NOWAIT, os.RWF_NOWAIT]
+
+
+async def test_whatever_the_kernel_says_without_waiting_a_thread_reads_the_rest(
+    slow: SlowDisk, fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow.put(3, OLD)
+    assert slow.device.disk
+    assert slow.load_now(3, 0, CLUSTER) in (OLD, None), "some file systems have no such reads"
+    found = 0
+
+    def load_now(cluster: int, slot: int, length: int) -> bytes | None:
+        nonlocal found
+        image = slow.load_now(cluster, slot, length)
+        found += image is not None
+        return image
+
+    monkeypatch.setattr(slow.device.disk, "load_now", load_now)
+    assert joined(await fetcher.gather(slow.device, 3 * CLUSTER, 4 * CLUSTER)) == OLD
+    assert found + slow.loads == fetcher.fetched == 1
 
 
 @pytest.mark.parametrize("found", [BlockingIOError(errno.EAGAIN, "not now"), OSError(errno.EOPNOTSUPP, "no"), 4096])

@@ -84,9 +84,10 @@ def check_access(page: Browser) -> None:
     """For keyboards and screen readers."""
     assert page.run("document.documentElement.lang") == "en"
     assert page.run("['header', 'main', 'footer', 'nav'].every(name => document.querySelector(name))")
-    assert page.run("[...document.querySelectorAll('main > section')].every(one => one.ariaLabelledByElements?.length)")
+    sections = "[...document.querySelectorAll('main > section')]"
+    assert page.run(f"{sections}.length && {sections}.every(one => one.ariaLabelledByElements?.length)")
     pictures = "[...document.querySelectorAll('[role=img]')].filter(one => one.checkVisibility())"
-    assert page.run(f"{pictures}.every(one => one.ariaLabel)")
+    assert page.run(f"{pictures}.length && {pictures}.every(one => one.ariaLabel)")
     levels = page.run("[...document.querySelectorAll('h1, h2, h3')].map(one => +one.tagName[1])")
     assert levels[0] == 1
     assert all(after <= before + 1 for before, after in pairwise(levels))

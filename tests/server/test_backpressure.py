@@ -168,12 +168,12 @@ async def test_what_waits_to_be_sent_is_copied_before_its_pages_go(mode: ReplyMo
 # -- measured from outside ---------------------------------------------------------------------------
 
 
-def flood(path: Path, handshake: bytes, piece: bytes, total_bytes: int) -> int:
-    """Send, and never read; how much was taken before nothing went on for a second."""
+def flood(path: Path, handshake: bytes, piece: bytes, total_bytes: int, patience_s: float) -> int:
+    """Send, and never read; how much was taken before a piece took too long."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(str(path))
         sock.sendall(handshake)
-        sock.settimeout(1)
+        sock.settimeout(patience_s)
         sent = 0
         try:
             while sent < total_bytes:
@@ -184,13 +184,14 @@ def flood(path: Path, handshake: bytes, piece: bytes, total_bytes: int) -> int:
         return sent
 
 
-async def flooded(here: Running, piece: bytes, total_bytes: int) -> tuple[int, int]:
+async def flooded(here: Running, piece: bytes, total_bytes: int, patience_s: float) -> tuple[int, int]:
     """(bytes taken, KiB that the server's own memory grew by); another client is served meanwhile."""
     async with await here.entered() as other:
         await other.write(0, b"x" * MIB)
         before = here.memory_kib("RssAnon")
         loop = asyncio.get_running_loop()
-        flooding = loop.run_in_executor(None, flood, here.path, client_flags() + go("ram"), piece, total_bytes)
+        hello = client_flags() + go("ram")
+        flooding = loop.run_in_executor(None, flood, here.path, hello, piece, total_bytes, patience_s)
         grown = 0
         while not flooding.done():
             await other.read(0, PAGE)
@@ -202,7 +203,7 @@ async def flooded(here: Running, piece: bytes, total_bytes: int) -> tuple[int, i
 async def test_gibibytes_of_writes_at_once_cost_only_the_pages_that_they_write(tmp_path: Path) -> None:
     async with running(tmp_path, "--export", "ram=64M", "--memory", "128M") as here:
         piece = request(ReplyMode.SIMPLE, Command.WRITE, 0, 32 * MIB) + b"x" * (32 * MIB)
-        taken, grown_kib = await flooded(here, piece, 2 * GIB)
+        taken, grown_kib = await flooded(here, piece, 2 * GIB, PATIENCE_S)
         assert taken >= 2 * GIB
         assert grown_kib < 16 * KIB
 
@@ -211,7 +212,7 @@ async def test_gibibytes_of_writes_at_once_cost_only_the_pages_that_they_write(t
 async def test_requests_without_end_and_without_a_reader_cost_little(tmp_path: Path, length: int) -> None:
     async with running(tmp_path, "--export", "ram=64M", "--memory", "128M") as here:
         piece = request(ReplyMode.SIMPLE, Command.READ, 0, length) * 1000
-        taken, grown_kib = await flooded(here, piece, 100 * MIB)
+        taken, grown_kib = await flooded(here, piece, 100 * MIB, 1.0)
         assert taken < 100 * MIB
         assert grown_kib < 16 * KIB
 
@@ -231,7 +232,7 @@ async def test_a_request_that_is_cancelled_just_when_memory_is_freed_waits_no_lo
     await eventually(lambda: budget.waiting == 1)
     budget.freed(everyone=True)
     waiting.cancel()
-    await asyncio.wait([waiting], timeout=1.0)
+    await asyncio.wait([waiting], timeout=PATIENCE_S)
     assert waiting.cancelled()
     assert len(tries) == 1
     assert budget.waiting == 0

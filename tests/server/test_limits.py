@@ -11,7 +11,9 @@ from nbdram.protocol.handshake import Failure, ReplyMode
 from nbdram.protocol.wire import Command, Option
 from nbdram.server.quiet import sweep
 from tests.helpers import (
+    PATIENCE_S,
     Client,
+    Running,
     Served,
     command_line,
     dial,
@@ -43,8 +45,8 @@ async def test_a_handshake_has_a_limit_in_time_whatever_is_said(tmp_path: Path) 
 
 
 async def test_who_has_entered_may_be_silent_for_longer(tmp_path: Path) -> None:
-    async with served(tmp_path, limits=Limits(handshake_timeout_s=0.05)) as here, await here.entered() as client:
-        await asyncio.sleep(0.1)
+    async with served(tmp_path, limits=Limits(handshake_timeout_s=1.0)) as here, await here.entered() as client:
+        await asyncio.sleep(1.1)
         assert await client.read(0, 1) == b"\0"
 
 
@@ -117,13 +119,21 @@ async def test_too_many_open_files_keep_new_clients_out_and_nobody_else(tmp_path
         assert await visitors[-1].read(0, 10) == b"still here"
         for visitor in visitors:
             visitor.kill()
-        await asyncio.sleep(0.05)
-        async with await here.entered() as late:
+        async with await let_in(here) as late:
             assert await late.read(0, 10) == b"still here"
 
 
+async def let_in(here: Running) -> Client:
+    """As soon as the server has seen that others are gone."""
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            with suppress(ConnectionError, asyncio.IncompleteReadError):
+                return await here.entered()
+            await asyncio.sleep(0.01)
+
+
 async def test_who_asks_for_nothing_for_too_long_is_hung_up_on(tmp_path: Path) -> None:
-    async with served(tmp_path, limits=Limits(idle_timeout_s=0.3)) as here:
+    async with served(tmp_path, limits=Limits(idle_timeout_s=1.0)) as here:
         async with await here.entered() as idle, await here.entered() as busy:
             gone = asyncio.create_task(idle.rest())
             while not gone.done():

@@ -9,7 +9,7 @@ import pytest
 from nbdram.protocol.handshake import ReplyMode
 from nbdram.protocol.wire import Command
 from nbdram.server import server as server_module
-from tests.helpers import ALL_MODES, GIB, MIB, PAGE, Running, dial, eventually, running, served
+from tests.helpers import ALL_MODES, GIB, MIB, PAGE, Client, Running, dial, eventually, running, served
 
 MODES = pytest.mark.parametrize("mode", ALL_MODES, ids=[mode.value for mode in ALL_MODES])
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -19,6 +19,16 @@ async def told_to_stop(here: Running, number: signal.Signals = signal.SIGTERM) -
     """Send a signal and wait until the server lets nobody in any more."""
     here.process.send_signal(number)
     await eventually(lambda: not here.path.exists())
+
+
+async def half_a_write(here: Running, client: Client) -> bytes:
+    """Send the first half of a WRITE, and wait until it has come in; the other half."""
+    whole = client.request(Command.WRITE, 0, payload=b"x" * (4 * MIB))
+    await client.send(whole[: 2 * MIB])
+    async with await here.entered() as other:
+        while await other.read(MIB, 1) != b"x":
+            await asyncio.sleep(0.001)
+    return whole[2 * MIB :]
 
 
 @SIGNALS
@@ -51,13 +61,9 @@ async def test_requests_that_were_sent_before_are_answered(tmp_path: Path, mode:
 @MODES
 async def test_a_write_that_is_coming_in_is_taken_to_its_end(tmp_path: Path, mode: ReplyMode) -> None:
     async with running(tmp_path) as here, await here.entered("ram", mode) as client:
-        whole = client.request(Command.WRITE, 0, payload=b"x" * (4 * MIB))
-        await client.send(whole[: 2 * MIB])
-        async with await here.entered() as other:
-            while await other.read(MIB, 1) != b"x":
-                await asyncio.sleep(0.001)
+        rest = await half_a_write(here, client)
         await told_to_stop(here)
-        await client.send(whole[2 * MIB :])
+        await client.send(rest)
         assert (await client.replies(1))[1].error == 0
         assert await client.rest() == b""
         assert (await here.ended()).code == 0
@@ -67,8 +73,7 @@ async def test_while_it_stops_nobody_new_comes_in(tmp_path: Path) -> None:
     listen = ("--listen", f"unix:{tmp_path / 'nbd.sock'}", "--listen", "tcp://127.0.0.1:0")
     async with running(tmp_path, *listen, uris=2) as here, await here.entered() as client:
         port = int(here.uris[1].split(":")[2].split("/")[0])
-        await client.send(client.request(Command.WRITE, 0, payload=bytes(4 * MIB))[: 2 * MIB])
-        await asyncio.sleep(0.05)
+        await half_a_write(here, client)
         await told_to_stop(here)
         with pytest.raises(FileNotFoundError):
             await dial(here.path)
@@ -80,8 +85,7 @@ async def test_while_it_stops_nobody_new_comes_in(tmp_path: Path) -> None:
 @SIGNALS
 async def test_a_second_signal_ends_it_at_once(tmp_path: Path, number: signal.Signals) -> None:
     async with running(tmp_path) as here, await here.entered() as client:
-        await client.send(client.request(Command.WRITE, 0, payload=bytes(4 * MIB))[: 2 * MIB])
-        await asyncio.sleep(0.05)
+        await half_a_write(here, client)
         await told_to_stop(here)
         here.process.send_signal(number)
         assert (await here.ended()).code == 1
