@@ -213,15 +213,7 @@ class StateDirectory:
 
         def open_file(kind: str, length: int) -> int:
             path = self.file(identity, kind)
-            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if new else 0)
-            fd = _or_complain(path, lambda: os.open(path, flags, 0o600))
-            if new:
-                try:
-                    _or_complain(path, lambda: os.ftruncate(fd, length))
-                except BaseException:
-                    os.close(fd)
-                    raise
-            return fd
+            return _open(path, os.O_CREAT | os.O_EXCL, length) if new else _open(path)
 
         return open_file
 
@@ -270,14 +262,7 @@ class StateDirectory:
 
     def open_generations(self, identity: UUID) -> int:
         """The file of the images that a device has in a remote, made if there is none."""
-        path = self.file(identity, _REMOTE)
-        fd = _or_complain(path, lambda: os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
-        try:
-            _or_complain(path, lambda: os.ftruncate(fd, GENERATIONS_BYTES))
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
+        return _open(self.file(identity, _REMOTE), os.O_CREAT, GENERATIONS_BYTES)
 
     def has_generations(self, identity: UUID) -> bool:
         """Whether a device ever had images in a remote."""
@@ -308,6 +293,18 @@ class StateDirectory:
 
     def file(self, identity: UUID, kind: str) -> Path:
         return self.path / f"{identity}.{kind}"
+
+
+def _open(path: Path, how: int = 0, length: int = 0) -> int:
+    """A file of a device, made as long as that if `length` is given."""
+    fd = _or_complain(path, lambda: os.open(path, how | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+    if length:
+        try:
+            _or_complain(path, lambda: os.ftruncate(fd, length))
+        except BaseException:
+            os.close(fd)
+            raise
+    return fd
 
 
 def _or_complain(path: Path, work: Callable[[], T]) -> T:

@@ -77,12 +77,9 @@ def _export(export: "Export") -> Snapshot:
     return {
         "name": export.name,
         "maximum": device.size,
-        "resident": device.resident_pages * PAGE,
-        "compressed": device.cold_pages * PAGE,
+        **export.held_bytes(),
         "compressed_from": device.cold_clusters * CLUSTER,
-        "disk": device.disk_pages * PAGE,
         "disk_from": device.disk_clusters * CLUSTER,
-        "remote": device.remote_pages * PAGE,
         "remote_from": device.remote_clusters * CLUSTER,
         "index": device.index_pages * PAGE,
         "ram_faults": device.ram_faults,

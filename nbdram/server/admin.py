@@ -10,7 +10,6 @@ from nbdram.access import OPEN, Rules
 from nbdram.access import PARSERS as RULES
 from nbdram.config import check_description, check_name, check_size, parse_size
 from nbdram.errors import Conflict, UsageError
-from nbdram.memory.layout import PAGE
 
 if TYPE_CHECKING:
     from nbdram.server.exports import Export
@@ -116,20 +115,16 @@ class Admin:
 
 def facts(export: "Export") -> Facts:
     """What is told of an export; sizes in bytes."""
-    device = export.device
     return {
         "name": export.name,
         "identity": str(export.identity),
-        "size": device.size,
+        "size": export.device.size,
         "read_only": export.read_only,
         "description": export.description,
         "density": export.dense,
         **export.rules.plain(),
         "connections": export.connections,
-        "resident": device.resident_pages * PAGE,
-        "compressed": device.cold_pages * PAGE,
-        "disk": device.disk_pages * PAGE,
-        "remote": device.remote_pages * PAGE,
+        **export.held_bytes(),
     }
 
 

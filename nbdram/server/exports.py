@@ -16,7 +16,7 @@ from nbdram.errors import Conflict, NbdramError, NoSuchExport, UsageError
 from nbdram.memory.budget import Budget
 from nbdram.memory.codec import Codec
 from nbdram.memory.device import Device
-from nbdram.memory.layout import CLUSTER
+from nbdram.memory.layout import CLUSTER, PAGE
 from nbdram.memory.recovery import punch_stray_pages, recount
 from nbdram.memory.statedir import StateDirectory, StoredDevice
 from nbdram.memory.tiers.disk import DiskTier, SwapArea, swap_file
@@ -82,6 +82,16 @@ class Export:
     def info(self) -> ExportInfo:
         flags = _FLAGS | (Flag.READ_ONLY if self.read_only else 0)
         return ExportInfo(self.name, self.device.size, int(flags), self.description, str(self.identity))
+
+    def held_bytes(self) -> dict[str, int]:
+        """What it takes in each tier."""
+        device = self.device
+        return {
+            "resident": device.resident_pages * PAGE,
+            "compressed": device.cold_pages * PAGE,
+            "disk": device.disk_pages * PAGE,
+            "remote": device.remote_pages * PAGE,
+        }
 
     def stored(self) -> StoredDevice:
         return StoredDevice(
