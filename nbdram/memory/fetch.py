@@ -8,15 +8,15 @@ import asyncio
 import errno
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from nbdram.memory.codec import IntegrityError
 from nbdram.memory.device import Device, FarPage, Images, Piece
 from nbdram.memory.histogram import Histogram
-from nbdram.memory.holding import Holding
+from nbdram.memory.holding import Holding, Turns
 from nbdram.memory.layout import (
-    CLUSTER,
     CLUSTER_SHIFT,
     LENGTH_MASK,
     LENGTH_SHIFT,
@@ -35,6 +35,9 @@ _TURNS: Final = 6
 _SHORT_TURNS: Final = 24
 
 
+Came = Callable[[OSError | None], None]
+
+
 class _Reading:
     """An image that is being read, and who waits for it: they are told of an error, if there was one."""
 
@@ -42,7 +45,7 @@ class _Reading:
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self.waiters: list[asyncio.Future[OSError | None]] = []
+        self.waiters: list[Came] = []
 
 
 class Fetcher:
@@ -53,8 +56,8 @@ class Fetcher:
         self._mailbox = Mailbox()
         self._under_way: dict[FarImage, _Reading] = {}
         # What is read is held in memory until it is sent: who reads much takes one of these for each part.
-        self.turns = asyncio.Semaphore(_TURNS)
-        self.short_turns = asyncio.Semaphore(_SHORT_TURNS)  # for reads within one cluster
+        self.turns = Turns(_TURNS)
+        self.short_turns = Turns(_SHORT_TURNS)  # for reads within one cluster
         self.holding = Holding()
         self._kept: deque[FarImage] = deque(maxlen=KEPT)  # what was read ahead, until it is the oldest
         self.fetched = 0
@@ -107,12 +110,21 @@ class Fetcher:
         reading = self._under_way.get(image)
         if reading is not None:
             waiter: asyncio.Future[OSError | None] = asyncio.get_running_loop().create_future()
-            reading.waiters.append(waiter)
+            reading.waiters.append(lambda error: None if waiter.done() else waiter.set_result(error))
             error = await waiter
             if error is not None and image.is_current:
                 if isinstance(error, IntegrityError):
                     device.note_damage(cluster, error)
                 raise error.with_traceback(None)  # they all get this one, and each would add to where it has been
+        return image
+
+    def tell(self, device: Device, cluster: int, came: Came) -> FarImage | None:
+        """The image of a cluster, which is not there before `came` is called; None if it need not be waited for."""
+        image = self._begin(device, cluster)
+        reading = self._under_way.get(image)
+        if reading is None:
+            return None
+        reading.waiters.append(came)
         return image
 
     def fetch_ahead(self, device: Device, cluster: int) -> None:
@@ -162,14 +174,13 @@ class Fetcher:
             elif device.far_images.get(cluster) is image:  # whoever comes next reads it again
                 del device.far_images[cluster]
             self._count(device, time.perf_counter() - begun, from_remote=from_remote)
-            for waiter in reading.waiters:
-                if not waiter.done():
-                    waiter.set_result(error)
+            for came in reading.waiters:
+                came(error)
 
-        device.budget.may_have_grown(2 * CLUSTER)  # sealed, and open
+        slot, length = word >> SLOT_SHIFT & 1, word >> LENGTH_SHIFT & LENGTH_MASK
+        device.budget.may_have_grown(2 * length)  # sealed, and open
         if from_remote:
             assert device.remote
-            slot, length = word >> SLOT_SHIFT & 1, word >> LENGTH_SHIFT & LENGTH_MASK
             device.remote.ask(cluster, slot, length, self._mailbox.callback(told), on_loop=True)
         else:
             self._readers.submit(_load, device, cluster, word, self._mailbox.callback(told))

@@ -11,6 +11,17 @@ from collections import deque
 from nbdram.memory.budget import Budget
 
 
+class Turns(asyncio.Semaphore):
+    """So many at once; `release` ends a turn."""
+
+    def take_now(self) -> bool:
+        """Whether it is one's turn without waiting."""
+        if self.locked():
+            return False
+        self._value -= 1
+        return True
+
+
 class Holding:
     """All of a server."""
 
@@ -18,13 +29,23 @@ class Holding:
         self._pages = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
 
+    def take_now(self, budget: Budget, pages: int) -> bool:
+        """Whether it could be taken without waiting; then `give` must follow."""
+        if self._waiting or not self._has_room(budget, pages):
+            return False
+        self._pages += pages
+        return True
+
     async def take(self, budget: Budget, pages: int) -> None:
         """Returns when it is one's turn; `give` must follow."""
-        while self._pages and self._pages + pages > budget.free_pages - budget.reserve_pages // 2:
+        while not self._has_room(budget, pages):
             ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.append(ended)
             await ended
         self._pages += pages
+
+    def _has_room(self, budget: Budget, pages: int) -> bool:
+        return not self._pages or self._pages + pages <= budget.free_pages - budget.reserve_pages // 2
 
     def give(self, pages: int) -> None:
         self._pages -= pages

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from nbdram.memory.codec import IntegrityError
 from nbdram.memory.device import FarPage, Piece
 from nbdram.memory.layout import CLUSTER, PAGE, Tier
 from nbdram.protocol import wire
@@ -34,16 +35,19 @@ MAX_STATUS_PAYLOAD: Final = 8 + 4 * wire.MAX_CONTEXTS
 # Zeros for READs of holes by clients without chunks. Anonymous memory that is only read costs nothing.
 _ZEROS = memoryview(mmap.mmap(-1, wire.MAX_PAYLOAD_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)).toreadonly()
 
+# Plain ints: arithmetic with flags takes microseconds.
 _FLAGS_OF = {
-    Command.READ: CommandFlag.FUA | CommandFlag.DF,
-    Command.WRITE: CommandFlag.FUA,
-    Command.DISC: CommandFlag.FUA,
-    Command.FLUSH: CommandFlag.FUA,
-    Command.TRIM: CommandFlag.FUA,
-    Command.CACHE: CommandFlag.FUA,
-    Command.WRITE_ZEROES: CommandFlag.FUA | CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO,
-    Command.BLOCK_STATUS: CommandFlag.FUA | CommandFlag.REQ_ONE,
+    Command.READ: int(CommandFlag.FUA | CommandFlag.DF),
+    Command.WRITE: int(CommandFlag.FUA),
+    Command.DISC: int(CommandFlag.FUA),
+    Command.FLUSH: int(CommandFlag.FUA),
+    Command.TRIM: int(CommandFlag.FUA),
+    Command.CACHE: int(CommandFlag.FUA),
+    Command.WRITE_ZEROES: int(CommandFlag.FUA | CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO),
+    Command.BLOCK_STATUS: int(CommandFlag.FUA | CommandFlag.REQ_ONE),
 }
+_DF: Final = int(CommandFlag.DF)
+_PAYLOAD_LEN: Final = int(CommandFlag.PAYLOAD_LEN)
 _CHANGES = frozenset((Command.WRITE, Command.TRIM, Command.WRITE_ZEROES))
 _GROWS = frozenset((Command.WRITE, Command.WRITE_ZEROES))
 PUNCHES = frozenset((Command.TRIM, Command.WRITE_ZEROES))
@@ -61,12 +65,12 @@ def refusal(connection: "Connection", flags: int, command: int, offset: int, len
         return errno.EINVAL, f"there is no command {command}"
     mode = connection.replies.mode
     if mode is ReplyMode.EXTENDED and command in (Command.WRITE, Command.BLOCK_STATUS):
-        allowed |= CommandFlag.PAYLOAD_LEN
-        if command == Command.WRITE and not flags & CommandFlag.PAYLOAD_LEN:
+        allowed |= _PAYLOAD_LEN
+        if command == Command.WRITE and not flags & _PAYLOAD_LEN:
             return errno.EINVAL, "with extended headers a WRITE must set PAYLOAD_LEN"
     if mode is ReplyMode.SIMPLE:
-        allowed &= ~CommandFlag.DF
-    if flags & ~int(allowed):
+        allowed &= ~_DF
+    if flags & ~allowed:
         return errno.EINVAL, "this command does not take these flags"
     if command in _NO_RANGE:
         return None
@@ -75,7 +79,7 @@ def refusal(connection: "Connection", flags: int, command: int, offset: int, len
     if command == Command.BLOCK_STATUS:
         if not connection.contexts:
             return errno.EINVAL, "no meta context was negotiated"
-        if flags & CommandFlag.PAYLOAD_LEN:
+        if flags & _PAYLOAD_LEN:
             if length > MAX_STATUS_PAYLOAD:
                 return errno.EINVAL, "the payload names too many contexts"
             return None  # the range is in the payload
@@ -296,7 +300,7 @@ def reason(error: OSError) -> Refusal:
 
 
 def _in_one_piece(connection: "Connection", flags: int) -> bool:
-    return connection.replies.mode is ReplyMode.SIMPLE or bool(flags & CommandFlag.DF)
+    return connection.replies.mode is ReplyMode.SIMPLE or bool(flags & _DF)
 
 
 def _chunks(connection: "Connection", cookie: int, offset: int, pieces: list[Piece], end: int) -> "list[Buffer]":
@@ -326,7 +330,8 @@ def _read_now(connection: "Connection", out: "list[Buffer]", flags: int, cookie:
     try:
         images = connection.fetcher.at_hand(device, offset, end)
         if images is None:
-            connection.spawn(Command.READ, _read(connection, flags, cookie, offset, end))
+            if end - offset > CLUSTER or not ShortRead(connection, flags, cookie, offset, end).begin():
+                connection.spawn(Command.READ, _read(connection, flags, cookie, offset, end))
             return
         if images:
             connection.ahead.follow(device, offset, end)
@@ -334,12 +339,85 @@ def _read_now(connection: "Connection", out: "list[Buffer]", flags: int, cookie:
     except OSError as error:
         connection.fail(out, Command.READ, cookie, offset, error)
     else:
-        if _in_one_piece(connection, flags):
-            out.append(connection.replies.data(cookie, offset, end - offset, offset, last=True))
-            out += _whole(pieces)
-        else:
-            out += _chunks(connection, cookie, offset, pieces, end)
+        out += _answer(connection, flags, cookie, offset, pieces, end)
         connection.copied(out, end - offset)
+
+
+def _answer(
+    connection: "Connection", flags: int, cookie: int, offset: int, pieces: list[Piece], end: int
+) -> "list[Buffer]":
+    """All of a READ."""
+    if _in_one_piece(connection, flags):
+        return [connection.replies.data(cookie, offset, end - offset, offset, last=True), *_whole(pieces)]
+    return _chunks(connection, cookie, offset, pieces, end)
+
+
+class ShortRead:
+    """A READ of up to a cluster that waits for one image and for nothing else.
+
+    A task would take as long as all that is done in it. It is made only where something else comes in between.
+    """
+
+    __slots__ = ("_connection", "_cookie", "_end", "_flags", "_image", "_is_over", "_offset", "_pages", "begun")
+
+    def __init__(self, connection: "Connection", flags: int, cookie: int, offset: int, end: int) -> None:
+        self._connection = connection
+        self._flags = flags
+        self._cookie = cookie
+        self._offset = offset
+        self._end = end
+        self._pages = _pages_held(end - offset)
+        self._is_over = False
+        self.begun = time.perf_counter()
+
+    def begin(self) -> bool:
+        """False, and nothing has happened, if it would have to wait for anything else."""
+        connection, fetcher, device = self._connection, self._connection.fetcher, self._connection.device
+        clusters = device.far_clusters(self._offset, self._end)
+        if len(clusters) != 1 or not connection.is_drained() or device.budget.free_pages <= 0:
+            return False
+        if not fetcher.short_turns.take_now():
+            return False
+        if fetcher.holding.take_now(device.budget, self._pages):
+            connection.ahead.follow(device, self._offset, self._end)
+            image = fetcher.tell(device, clusters[0], self._came)
+            if image is not None:
+                self._image = clusters[0], image
+                connection.wait_for(self)
+                return True
+            fetcher.holding.give(self._pages)
+        fetcher.short_turns.release()
+        return False
+
+    def cancel(self) -> None:
+        """The client is gone."""
+        if not self._is_over:
+            self._is_over = True
+            self._connection.fetcher.holding.give(self._pages)
+            self._connection.fetcher.short_turns.release()
+
+    def _came(self, error: OSError | None) -> None:
+        if self._is_over:
+            return
+        connection, device = self._connection, self._connection.device
+        cluster, image = self._image
+        out: list[Buffer] = []
+        try:
+            if error is not None and image.is_current:
+                if isinstance(error, IntegrityError):
+                    device.note_damage(cluster, error)
+                raise error.with_traceback(None)  # others get it too
+            pieces = device.gather(self._offset, self._end, {cluster: image})
+            out = _answer(connection, self._flags, self._cookie, self._offset, pieces, self._end)
+        except FarPage:  # what was fetched is not the cluster's any more
+            again = _read(connection, self._flags, self._cookie, self._offset, self._end)
+            connection.spawn(Command.READ, again)
+        except OSError as failure:
+            connection.fail(out, Command.READ, self._cookie, self._offset, failure)
+        except Exception as unexpected:
+            connection.failed(unexpected)
+        connection.answer(self, out)
+        self.cancel()
 
 
 async def _long_read(connection: "Connection", flags: int, cookie: int, offset: int, end: int) -> None:
@@ -400,6 +478,11 @@ def _parts(offset: int, end: int) -> Iterator[tuple[int, int]]:
     return ((start, min(end, start + _INLINE_READ_BYTES)) for start in range(offset, end, _INLINE_READ_BYTES))
 
 
+def _pages_held(length: int) -> int:
+    """While so many bytes are read: sealed, compressed, and as they are."""
+    return 3 * length // PAGE + 1
+
+
 class _Turn:
     """To read something and send it: only so much at once in all, and nothing for a client that takes nothing.
 
@@ -413,7 +496,7 @@ class _Turn:
         self._connection = connection
         self._occupied = occupied
         self._turns = fetcher.short_turns if length <= CLUSTER else fetcher.turns
-        self._pages = 3 * length // PAGE + 1
+        self._pages = _pages_held(length)
 
     async def __aenter__(self) -> None:
         while True:

@@ -148,7 +148,8 @@ class Connection(asyncio.BufferedProtocol):
         self._occupied = False  # by an answer in one piece: all others come after it
         self._later: deque[Buffer] = deque()  # those
         self._drained: list[asyncio.Future[None]] = []
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None] | commands.ShortRead] = set()
+        self._answered: list[commands.ShortRead] = []  # in this turn of the loop
         self.long_answer = asyncio.Lock()
         self._stalled = False
         self._starved = False  # a WRITE waits for memory
@@ -826,12 +827,34 @@ class Connection(asyncio.BufferedProtocol):
     def spawn(self, command: int, work: Coroutine[Any, Any, None]) -> None:
         """Run a request as a task of this connection; it ends by calling `send`."""
         task = self._loop.create_task(work)
-        self._tasks.add(task)
-        self.device.budget.may_have_grown(_TASK_BYTES)
         begun = time.perf_counter()
         task.add_done_callback(lambda task: self._task_done(task, command, begun))
+        self.wait_for(task)
+
+    def wait_for(self, work: "asyncio.Task[None] | commands.ShortRead") -> None:
+        """A request has begun that will be answered later."""
+        self._tasks.add(work)
+        self.device.budget.may_have_grown(_TASK_BYTES)
         if self._is_full():
             self._stall()
+
+    def answer(self, read: "commands.ShortRead", buffers: list[Buffer]) -> None:
+        """Answer a READ that was waited for, together with all others that are answered in this turn of the loop."""
+        if not self._answered:
+            self._loop.call_soon(self._send_answers)
+        self._answered.append(read)
+        self._keep(buffers)
+
+    def _send_answers(self) -> None:
+        answered, self._answered = self._answered, []
+        if not self._occupied:
+            self._send_later()
+        seconds = self._service.counters.task_seconds["read"]
+        for read in answered:
+            seconds.observe(time.perf_counter() - read.begun)
+        self._tasks.difference_update(answered)
+        if not self._lost:
+            self._resume()
 
     def _is_full(self) -> bool:
         """Whether there are as many tasks as may be at once: fewer where memory is short, for it takes some to wait."""
@@ -846,10 +869,14 @@ class Connection(asyncio.BufferedProtocol):
         if self._lost:
             return
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("%s: a request failed unexpectedly", self.peer, exc_info=error)
-            self._broken("could not be answered")
+            self.failed(error)
             return
         self._resume()
+
+    def failed(self, error: BaseException) -> None:
+        """A request could not be answered, for a reason that should not be."""
+        log.error("%s: a request failed unexpectedly", self.peer, exc_info=error)
+        self._broken("could not be answered")
 
     @property
     def waits_for(self) -> str:
@@ -865,11 +892,21 @@ class Connection(asyncio.BufferedProtocol):
     def send(self, buffers: list[Buffer]) -> None:
         """Send what a task has for the client."""
         if self._occupied:
-            self._later += buffers
-            self._viewed = None
-            self.device.senders.add(self)
+            self._keep(buffers)
         elif not self._lost:
             self._send(buffers)
+
+    def _keep(self, buffers: list[Buffer]) -> None:
+        """To be sent with `_send_later`."""
+        self._later += buffers
+        self._viewed = None
+        self.device.senders.add(self)
+
+    def _send_later(self) -> None:
+        later, self._later = list(self._later), deque()
+        self.send(later)
+        if not self._unsent:
+            self.device.senders.discard(self)
 
     @contextmanager
     def occupied(self) -> Iterator[Callable[[list[Buffer]], None]]:
@@ -880,10 +917,7 @@ class Connection(asyncio.BufferedProtocol):
             yield lambda buffers: None if self._lost else self._send(buffers)
         finally:
             self._occupied = False
-            later, self._later = list(self._later), deque()
-            self.send(later)
-            if not self._unsent:
-                self.device.senders.discard(self)
+            self._send_later()
             self._wake_drained()
             self._resume()
 

@@ -4,7 +4,6 @@ import asyncio
 import errno
 import os
 import random
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,48 +12,16 @@ import pytest
 
 from nbdram.memory.budget import Budget
 from nbdram.memory.codec import IntegrityError
-from nbdram.memory.device import Device, Piece
+from nbdram.memory.device import Piece
 from nbdram.memory.fetch import Fetcher
-from nbdram.memory.layout import LENGTH_SHIFT, Tier, cold_word
+from nbdram.memory.layout import LENGTH_SHIFT
 from nbdram.memory.readahead import ReadAhead
 from nbdram.memory.tiers.disk import SwapArea
 from nbdram.server.exports import Exports
 from tests.helpers import CLUSTER, MIB, PAGE
+from tests.memory.slow_disk import SlowDisk, begun
 
 OLD, NEW = (random.Random(seed).randbytes(CLUSTER) for seed in (1, 2))
-
-
-class SlowDisk:
-    """A device on a disk that reads when it is let, and that fails if it is told to."""
-
-    def __init__(self, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert device.disk
-        self.device = device
-        self.loads = 0
-        self.may_go = threading.Event()
-        self.may_go.set()
-        self.after_reading = True  # it waits with the old bytes in its hands, else before it reads
-        self.error: OSError | None = None
-        self._load = device.disk.load
-        monkeypatch.setattr(device.disk, "load", self._slow_load)
-        self.load_now = device.disk.load_now
-        monkeypatch.setattr(device.disk, "load_now", lambda *_: None)
-
-    def _slow_load(self, cluster: int, slot: int, length: int) -> bytes:
-        self.loads += 1
-        if self.error:
-            self.may_go.wait(10)
-            raise self.error
-        image = self._load(cluster, slot, length) if self.after_reading else b""
-        self.may_go.wait(10)
-        return image or self._load(cluster, slot, length)
-
-    def put(self, cluster: int, content: bytes) -> None:
-        """Write a cluster that does not compress, and let it go to disk, into the first slot."""
-        self.device.write(cluster * CLUSTER, content)
-        assert self.device.disk
-        self.device.disk.writer.submit(self.device.disk.store, cluster, 0, content).result()
-        self.device.take_image(cluster, cold_word(CLUSTER, 0, Tier.DISK))
 
 
 @pytest.fixture
@@ -75,11 +42,6 @@ def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowDisk]:
 
 def joined(pieces: list[Piece]) -> bytes:
     return b"".join(b"".join(buffers) if buffers else bytes(end - start) for start, end, buffers in pieces)
-
-
-async def begun(slow: SlowDisk, loads: int) -> None:
-    while slow.loads < loads:
-        await asyncio.sleep(0.001)
 
 
 async def test_however_many_want_an_image_it_is_read_once(slow: SlowDisk, fetcher: Fetcher) -> None:

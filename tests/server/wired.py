@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 
 from nbdram.memory.budget import Budget
 from nbdram.memory.device import Device
+from nbdram.memory.tiers.disk import SwapArea
 from nbdram.protocol.handshake import ReplyMode
 from nbdram.protocol.wire import Option
 from nbdram.server.exports import Exports
@@ -68,13 +69,18 @@ class Wire(FakeTransport):
 
 @asynccontextmanager
 async def wired(
-    mode: ReplyMode, *, size: int, memory: int = 64 * MIB, contexts: Sequence[str] = ()
+    mode: ReplyMode,
+    *,
+    size: int,
+    memory: int = 64 * MIB,
+    contexts: Sequence[str] = (),
+    disks: Sequence[SwapArea] = (),
 ) -> AsyncIterator[tuple[Wire, Device]]:
     """A connection in the transmission phase, and the device that it serves."""
     ours, theirs = socket.socketpair()
     for sock in (ours, theirs):
         sock.setblocking(False)
-    exports = Exports(Budget(memory))
+    exports = Exports(Budget(memory), disks)
     device = exports.create("ram", size).device
     client = Client(*await asyncio.open_connection(sock=theirs, limit=_READ_AHEAD_BYTES))
     wire = Wire(Service(exports), ours, client)

@@ -82,6 +82,7 @@ class _Line:
         self._rounds = _TLS_RECORDS if engine.settings.tls else 1
         self._queued: list[Command] = []
         self._unsent = b""
+        self._blocked = False  # it is sent when the socket has room
         self._sent: deque[Command] = deque()
         self._watch: asyncio.TimerHandle | None = None
         self._heard_at = 0.0
@@ -132,7 +133,7 @@ class _Line:
         with suppress(OSError):
             self._connection.disconnect()
         self._connection = self._socket = None
-        self._unsent = b""
+        self._unsent, self._blocked = b"", False
         left, self._sent, self._queued = [*self._sent, *self._queued], deque(), []
         for command in left:
             if isinstance(why, TimeoutError):
@@ -167,10 +168,12 @@ class _Line:
             self._lost(error)
             return
         self._unsent = self._unsent[sent:]
-        if self._unsent:
-            self._loop.add_writer(self._socket.fileno(), self._send)
-        else:
-            self._loop.remove_writer(self._socket.fileno())
+        if bool(self._unsent) != self._blocked:
+            self._blocked = not self._blocked
+            if self._blocked:
+                self._loop.add_writer(self._socket.fileno(), self._send)
+            else:
+                self._loop.remove_writer(self._socket.fileno())
 
     # -- receiving -----------------------------------------------------------------------------------
 

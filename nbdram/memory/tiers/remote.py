@@ -234,6 +234,7 @@ class RemoteTier:
         """`fd`: of the file of generations. `kept`: the device lives on when the server has ended."""
         self.remote = remote
         self.identity = identity
+        self._identity = identity.bytes
         self.kept = kept
         self.put_off = kept  # there may be images that no word points at
         self.generations = Generations(fd)
@@ -362,10 +363,10 @@ class RemoteTier:
         return self._key(cluster, self.generations.at(cluster, slot))
 
     def _key(self, cluster: int, generation: int) -> bytes:
-        return image_key(self.identity.bytes, cluster, generation)
+        return image_key(self._identity, cluster, generation)
 
     def _label(self, cluster: int, generation: int) -> bytes:
-        return image_label(self.identity.bytes, cluster, generation)
+        return image_label(self._identity, cluster, generation)
 
 
 class Handed:
