@@ -320,9 +320,17 @@ class Device(Space):
         if end == offset:
             return
         self.fault_edges(offset, end)
-        self.budget.take(self.missing_pages(offset, end))
+        missing = self.missing_pages(offset, end)
+        self.budget.take(missing)
         self.mark_changing(offset, end)
-        self.hot[offset:end] = data
+        if missing:
+            try:
+                self.put(offset, data)
+            except OSError:
+                self.budget.give(missing)
+                raise
+        else:
+            self.hot[offset:end] = data
         self.mark_written(offset, end)
 
     def edge_pages(self, offset: int, end: int) -> list[int]:

@@ -1,5 +1,6 @@
-"""A large WRITE whose payload is received straight into `hot`, in pieces."""
+"""A large WRITE, whose payload is received in pieces: straight into `hot`, or where pages are new, by a buffer."""
 
+import os
 from typing import TYPE_CHECKING
 
 from nbdram.memory.layout import CLUSTER, CLUSTER_SHIFT, PAGE
@@ -18,10 +19,15 @@ class Incoming:
     Bits are set page by page as bytes arrive, so if the connection dies, every page that was not resident is either
     the old one or a new one; of one that was, what came is new and the rest is old (docs/design.md has what it would
     cost to let that be whole sectors only). Reclaim leaves its clusters alone.
+
+    `buffer` is for what comes where most pages are new (`Space.put`). It is shared: nobody else may use it between
+    `view` and `received`.
     """
 
-    def __init__(self, device: "Device", offset: int, end: int) -> None:
+    def __init__(self, device: "Device", offset: int, end: int, buffer: memoryview) -> None:
         self._device = device
+        self._buffer = buffer
+        self._by_buffer = False
         self._offset = offset
         self._at = offset
         self._end = end
@@ -35,12 +41,14 @@ class Incoming:
         """Claim memory for the next window; ENOSPC or FarPage, if it must wait, and then nothing changed."""
         if self._device.is_whole(self._granted >> CLUSTER_SHIFT, ((self._end - 1) >> CLUSTER_SHIFT) + 1):
             self._granted = self._end
+            self._by_buffer = False
             return
         end = min(self._end, -(-(self._granted + WINDOW_BYTES) // PAGE) * PAGE)
         self._device.fault_edges(self._granted, end)
         missing = self._device.missing_pages(self._granted, end)
         self._device.budget.take(missing)
         self._claimed += missing
+        self._by_buffer = 2 * missing * PAGE >= end - self._granted
         self._device.mark_changing(self._granted, end)
         self._granted = end
 
@@ -52,7 +60,7 @@ class Incoming:
     @property
     def is_last(self) -> bool:
         """Whether `view` has room for all that is still to come."""
-        return self._granted == self._end
+        return self._granted == self._end and not (self._by_buffer and self._end - self._at > len(self._buffer))
 
     @property
     def remaining(self) -> tuple[int, int]:
@@ -74,10 +82,26 @@ class Incoming:
 
     def view(self) -> memoryview:
         """Where the next bytes of the payload belong."""
+        if self._by_buffer:
+            return self._buffer[: self._granted - self._at]
         return self._device.hot_view[self._at : self._granted]
 
     def received(self, length: int) -> bool:
-        """`length` more bytes are in place; True when that was all."""
+        """`length` more bytes are in `view`; True when that was all. OSError if there is no room for them."""
+        if self._by_buffer:
+            self._device.put(self._at, self._buffer[:length])
+        return self._advance(length)
+
+    def write(self, data: memoryview) -> bool:
+        """As `received`, of bytes that are elsewhere; they must not be more than `view` has room for."""
+        if self._by_buffer:
+            self._device.put(self._at, data)
+        else:
+            self._device.hot_view[self._at : self._at + len(data)] = data
+        return self._advance(len(data))
+
+    def _advance(self, length: int) -> bool:
+        """So many bytes are in place."""
         self._at += length
         done = self._at == self._end
         arrived = self._at if done else self._page
@@ -100,9 +124,11 @@ class Incoming:
 
     def _drop_zeros(self, start: int, end: int) -> None:
         """Whole clusters of zeros become holes at once: the inode tables of a new ext4 come as written zeros."""
-        hot = self._device.hot
+        hot, hot_fd = self._device.hot, self._device.backing.hot_fd
         for base in range(-(-start // CLUSTER) * CLUSTER, end - CLUSTER + 1, CLUSTER):
-            if not hot[base] and hot[base : base + 8] == _ZEROS[:8] and hot[base : base + CLUSTER] == _ZEROS:
+            # What was written through the file would have to be mapped first.
+            head = os.pread(hot_fd, 8, base) if self._by_buffer else hot[base : base + 8]
+            if head == _ZEROS[:8] and hot[base : base + CLUSTER] == _ZEROS:
                 self._device.clear(base >> CLUSTER_SHIFT)
 
     def abandon(self) -> None:

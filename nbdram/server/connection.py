@@ -655,14 +655,14 @@ class Connection(asyncio.BufferedProtocol):
                 if out:  # zeros are punched as they arrive: views of them must be in the socket, or in `_unsent`
                     self._send(out)
                     out.clear()
-                incoming = Incoming(self.device, offset, offset + length)
-                if arrived:
-                    self.device.hot[offset : offset + arrived] = self._view[start:end]
-                    incoming.received(arrived)
+                incoming = Incoming(self.device, offset, offset + length, self._service.payload_view)
                 self._incoming = incoming
+                if arrived:
+                    incoming.write(self._view[start:end])
                 self._incoming_request = (cookie, offset)
                 self._incoming_since = time.perf_counter()
         except OSError as error:
+            self._abandon_incoming()
             final = self._wait_for(error, offset, offset + length)
             if final is None:
                 return -1
@@ -738,7 +738,12 @@ class Connection(asyncio.BufferedProtocol):
         incoming = self._incoming
         assert incoming
         self.active = True
-        if incoming.received(length):
+        try:
+            done = incoming.received(length)
+        except OSError as error:
+            self._refuse_rest(incoming, error, length)
+            return
+        if done:
             self._incoming = None
             # More of the same is likely: take only the next header, so that its payload needs no copy.
             self._window = self._header_bytes
@@ -763,14 +768,19 @@ class Connection(asyncio.BufferedProtocol):
             self._fetch_error = None
         except OSError as error:
             final = self._wait_for(error, *incoming.remaining)
-            if final is None:
-                return
-            start, end = incoming.remaining
-            self._abandon_incoming()
-            refusal: list[Buffer] = []
-            self.fail(refusal, wire.Command.WRITE, *self._incoming_request, final)
+            if final is not None:
+                self._refuse_rest(incoming, final)
             del final  # as above
-            self._skip, self._skip_reply = end - start, refusal[0]
+
+    def _refuse_rest(self, incoming: Incoming, error: OSError, dropped: int = 0) -> None:
+        """End a large WRITE with an error, when the rest of its payload has come; so much of that was dropped."""
+        start, end = incoming.remaining
+        self._abandon_incoming()
+        refusal: list[Buffer] = []
+        self.fail(refusal, wire.Command.WRITE, *self._incoming_request, error)
+        self._skip, self._skip_reply = end - start - dropped, refusal[0]
+        if not self._skip:
+            self._send(refusal)
 
     def _abandon_incoming(self) -> None:
         if self._incoming is not None:

@@ -22,6 +22,7 @@ log = logging.getLogger("nbdram.connection")
 WRITE_WAIT_S: Final = 20.0
 
 RECEIVE_BYTES: Final = 256 * 1024
+_HEADER_ROOM: Final = 64  # of it, for the header that comes along with the end of a large payload
 # 208 KiB, the default of Unix sockets, hold less than one batch at queue depth 64: 1 MiB gave 256K reads 1.5 times the
 # rate. It is the kernel's memory, up to twice as much of it, so it is for those who have been seen to read what they
 # had to wait for, and no more of them than make up this share of the budget. TCP would take 4 MiB by itself.
@@ -55,6 +56,7 @@ class Service:
         self.tls: Tls | None = None
         self.receive_buffer = bytearray(RECEIVE_BYTES)
         self.receive_view = memoryview(self.receive_buffer)
+        self.payload_view = self.receive_view[_HEADER_ROOM:]
 
     def admit(self, connection: "Connection") -> bool:
         """Take in a new connection; False if there are too many. Those that still haggle make room."""

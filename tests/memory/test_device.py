@@ -39,6 +39,10 @@ def steps(work: Iterator[None]) -> int:
     return sum(1 for _ in work)
 
 
+def begin(made: Device, offset: int, end: int) -> Incoming:
+    return Incoming(made, offset, end, memoryview(bytearray(4 * MIB)))
+
+
 def receive(incoming: Incoming, data: bytes) -> bool:
     """`data` arrives on the socket."""
     incoming.view()[: len(data)] = data
@@ -348,7 +352,7 @@ def test_two_devices_share_one_budget() -> None:
 
 def test_a_write_in_pieces_shows_pages_as_they_are_complete() -> None:
     made = device()
-    incoming = Incoming(made, PAGE, 4 * PAGE)
+    incoming = begin(made, PAGE, 4 * PAGE)
     assert not receive(incoming, b"a" * (PAGE + 10))
     assert made.read(0, 5 * PAGE) == bytes(PAGE) + b"a" * PAGE + bytes(3 * PAGE)
     assert not receive(incoming, b"b" * PAGE)
@@ -359,7 +363,7 @@ def test_a_write_in_pieces_shows_pages_as_they_are_complete() -> None:
 def test_an_abandoned_write_leaves_whole_pages_and_gives_the_rest_back() -> None:
     made = device()
     free = made.budget.free_pages
-    incoming = Incoming(made, 0, CLUSTER)
+    incoming = begin(made, 0, CLUSTER)
     assert made.budget.free_pages == free - 16
     receive(incoming, b"a" * (2 * PAGE + 100))
     assert hot_pages(made) == 3
@@ -372,7 +376,7 @@ def test_an_abandoned_write_leaves_whole_pages_and_gives_the_rest_back() -> None
 def test_a_write_that_never_began_to_arrive_leaves_no_trace() -> None:
     made = device()
     free = made.budget.free_pages
-    Incoming(made, 10, CLUSTER).abandon()
+    begin(made, 10, CLUSTER).abandon()
     assert pages_of(made) == (0, 0)
     assert made.budget.free_pages == free
 
@@ -380,7 +384,7 @@ def test_a_write_that_never_began_to_arrive_leaves_no_trace() -> None:
 def test_a_large_write_is_refused_before_its_first_byte_if_there_is_no_memory() -> None:
     made = device(budget=16 * PAGE)
     with pytest.raises(OSError, match="budget"):
-        Incoming(made, 0, 17 * PAGE)
+        begin(made, 0, 17 * PAGE)
     assert made.budget.free_pages == 16
     assert not made.incoming
 
@@ -388,7 +392,7 @@ def test_a_large_write_is_refused_before_its_first_byte_if_there_is_no_memory() 
 def test_an_abandoned_write_to_resident_pages_takes_nothing_away() -> None:
     made = device()
     made.write(0, b"o" * CLUSTER)
-    incoming = Incoming(made, 0, CLUSTER)
+    incoming = begin(made, 0, CLUSTER)
     receive(incoming, b"n" * (PAGE + 512))
     incoming.abandon()
     assert made.read(0, CLUSTER) == b"n" * (PAGE + 512) + b"o" * (CLUSTER - PAGE - 512)
@@ -399,7 +403,7 @@ def test_what_an_abandoned_write_left_in_a_page_survives_eviction() -> None:
     made = device()
     made.write(0, TEXT[:CLUSTER])
     assert evict(made, 0)
-    incoming = Incoming(made, 100, 200)  # faults the page in, clean
+    incoming = begin(made, 100, 200)  # faults the page in, clean
     receive(incoming, b"n" * 50)
     incoming.abandon()
     seen = made.read(0, PAGE)
@@ -412,7 +416,7 @@ def test_an_abandoned_write_to_cold_pages_leaves_them_old_or_new() -> None:
     made = device()
     made.write(0, TEXT[:CLUSTER])
     assert evict(made, 0)
-    incoming = Incoming(made, 1000, CLUSTER - 1000)
+    incoming = begin(made, 1000, CLUSTER - 1000)
     receive(incoming, b"n" * (2 * PAGE))
     incoming.abandon()
     content = made.read(0, CLUSTER)
@@ -424,7 +428,7 @@ def test_an_abandoned_write_to_cold_pages_leaves_them_old_or_new() -> None:
 
 def test_the_page_that_is_being_received_survives_a_trim() -> None:
     made = device()
-    incoming = Incoming(made, 0, 2 * PAGE)
+    incoming = begin(made, 0, 2 * PAGE)
     receive(incoming, b"a" * 100)
     steps(made.trim(0, CLUSTER))
     assert hot_pages(made) == 1
@@ -435,7 +439,7 @@ def test_the_page_that_is_being_received_survives_a_trim() -> None:
 def test_the_page_that_is_being_received_is_punched_when_that_is_abandoned_after_a_trim() -> None:
     made = device()
     made.write(0, b"o" * CLUSTER)
-    incoming = Incoming(made, 0, 2 * PAGE)
+    incoming = begin(made, 0, 2 * PAGE)
     receive(incoming, b"a" * 100)
     steps(made.trim(0, CLUSTER))
     incoming.abandon()
@@ -447,7 +451,7 @@ def test_the_page_that_is_being_received_is_punched_when_that_is_abandoned_after
 def test_zeros_stay_zeros_in_the_page_where_a_write_in_pieces_ends_or_starts(offset: int) -> None:
     made = device()
     made.write(0, b"o" * PAGE)
-    incoming = Incoming(made, offset, offset + 1000)
+    incoming = begin(made, offset, offset + 1000)
     receive(incoming, b"n" * 10)
     steps(made.zero(0, PAGE))
     receive(incoming, b"n" * 990)
@@ -457,7 +461,7 @@ def test_zeros_stay_zeros_in_the_page_where_a_write_in_pieces_ends_or_starts(off
 def test_a_page_that_a_write_waits_to_receive_is_punched() -> None:
     made = device()
     made.write(0, b"o" * PAGE)
-    incoming = Incoming(made, 0, PAGE)
+    incoming = begin(made, 0, PAGE)
     steps(made.trim(0, PAGE))
     assert hot_pages(made) == 0
     receive(incoming, b"n" * PAGE)
@@ -469,7 +473,7 @@ def test_reading_a_cold_page_does_not_undo_what_a_write_has_received_of_it(reads
     made = device()
     made.write(0, TEXT[:CLUSTER])
     assert evict(made, 0)
-    incoming = Incoming(made, 0, CLUSTER)
+    incoming = begin(made, 0, CLUSTER)
     receive(incoming, b"n" * 100)
     for _ in range(reads):
         made.read(0, PAGE)
@@ -481,7 +485,7 @@ def test_writing_a_part_of_a_cold_page_does_not_undo_what_another_write_has_rece
     made = device()
     made.write(0, TEXT[:CLUSTER])
     assert evict(made, 0)
-    incoming = Incoming(made, 0, CLUSTER)
+    incoming = begin(made, 0, CLUSTER)
     receive(incoming, b"n" * 100)
     made.write(200, b"other")
     receive(incoming, b"n" * (CLUSTER - 100))
@@ -490,7 +494,7 @@ def test_writing_a_part_of_a_cold_page_does_not_undo_what_another_write_has_rece
 
 def test_two_writes_may_be_received_into_one_page() -> None:
     made = device()
-    first, second = Incoming(made, 0, PAGE // 2), Incoming(made, PAGE // 2, PAGE)
+    first, second = begin(made, 0, PAGE // 2), begin(made, PAGE // 2, PAGE)
     receive(first, b"a" * 100)
     receive(second, b"b" * 100)
     first.abandon()
@@ -503,7 +507,7 @@ def test_memory_that_was_trimmed_under_a_write_is_counted_when_it_arrives() -> N
     made = device(budget=100 * PAGE)
     made.write(0, b"o" * CLUSTER)
     free = made.budget.free_pages
-    incoming = Incoming(made, 0, CLUSTER)
+    incoming = begin(made, 0, CLUSTER)
     steps(made.trim(0, CLUSTER))
     receive(incoming, b"n" * CLUSTER)
     assert made.budget.free_pages == free
@@ -511,7 +515,7 @@ def test_memory_that_was_trimmed_under_a_write_is_counted_when_it_arrives() -> N
 
 def test_memory_that_another_write_has_made_needless_is_given_back_before_the_next_is_claimed() -> None:
     made = device(size=8 * MIB, budget=1000 * PAGE)
-    first, second = Incoming(made, 0, 3 * MIB), Incoming(made, 0, 3 * MIB)
+    first, second = begin(made, 0, 3 * MIB), begin(made, 0, 3 * MIB)
     receive(first, b"a" * MIB)
     receive(second, b"b" * MIB)
     assert made.budget.free_pages == 1000 - 1 - 256

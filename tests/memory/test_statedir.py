@@ -274,8 +274,8 @@ def test_a_clean_page_is_dirty_before_a_write_changes_it(path: Path, length: int
     for _ in range(3):
         device.read(0, 3000)
     assert device.words[0] & 0x10001 == 1, "the page is not clean and resident"
-    incoming = Incoming(device, 0, length)
-    incoming.view()[:5] = b"newer"  # and the process ends here
+    incoming = Incoming(device, 0, length, memoryview(bytearray(CLUSTER)))
+    incoming.write(memoryview(b"newer"))  # and the process ends here
     assert device.words[0] & 0x10001 == 0x10001
     device.incoming.clear()
     leave(state, device)
