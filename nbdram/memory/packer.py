@@ -1,11 +1,12 @@
-"""A process that makes images for reclaim: it shares no interpreter lock with the event loop.
+"""Processes that make images for reclaim: they share no interpreter lock with the event loop.
 
 With a thread each call of the compressor, and there are a dozen for a cluster, is a wake-up and a wait for the loop.
-All state is in files and words, so that the process needs to know nothing but what each batch tells (`packing.py`), and
-for images that go to a remote, the connections to its nodes.
+All state is in files and words, so that a process needs to know nothing but what each batch tells (`packing.py`), and
+the first one, for images that go to a remote, the connections to its nodes.
 
-It costs about 6 MiB, twice that with a remote, which count as the server's, and is started when there is first
-something to compress. Until it is there, when there can be none, and when it was lost, threads do its work.
+One costs about 6 MiB, twice that with a remote, which count as the server's. The first is started when there is
+something to compress, others when those that there are can't keep up, and they end when they have nothing to do.
+Until there is one, when there can be none, and when it was lost, threads do its work.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from struct import Struct
 from typing import Final, NamedTuple
@@ -28,6 +29,11 @@ log = logging.getLogger("nbdram.reclaim")
 
 _DYING_S: Final = 0.1  # between a process's last file and its end
 _AGAIN_S: Final = 10.0  # after this a lost process is replaced
+_IDLE_S: Final = 10.0  # after this a process that nobody needs is ended
+_MOST: Final = 4
+_ENOUGH: Final = 2  # batches: while one is compressed, the next is there already
+# The memory for data, besides what the server itself takes, that has room for a process which compresses.
+_MEMORY_EACH: Final = 128 << 20
 _PATIENCE_S: Final = 5.0  # for a batch, which takes milliseconds: somebody has stopped the process
 _SEND_PATIENCE_S: Final = 30.0  # to a remote: the process itself gives up a node that is silent
 _PROGRAM: Final = "import sys; from nbdram.memory.packing import serve; serve(int(sys.argv[1]))"
@@ -46,29 +52,83 @@ class WantedToSend(NamedTuple):
     generation: int
 
 
+class Packers:
+    """The processes of one server, or the places where they will be. For one event loop."""
+
+    def __init__(self, keep_open: Sequence[int] = (), most: int | None = None) -> None:
+        """`keep_open`: descriptors that they have too: locks of what they write to, should they outlive us.
+
+        `most`: how many there may be, if not one for each core.
+        """
+        self._all = [Packer(keep_open) for _ in range(most or min(_MOST, len(os.sched_getaffinity(0))))]
+        self.first = self._all[0]
+
+    def __iter__(self) -> "Iterator[Packer]":
+        return iter(self._all)
+
+    def batches(self, memory: int) -> int:
+        """How many batches may be at work, where there are `memory` bytes for data: so that all who are there have
+        enough to do, and one who is not is called for.
+        """
+        ready = sum(packer.is_ready for packer in self._all)
+        return _ENOUGH * max(1, min(ready + 1, len(self._allowed(memory))))
+
+    def least_busy(self, memory: int) -> "Packer | None":
+        """Who should have the next batch; None if nobody can yet."""
+        best: Packer | None = None
+        for packer in self._allowed(memory):
+            packer.start()
+            if not packer.is_ready:
+                break
+            if best is None or packer.batches < best.batches:
+                best = packer
+            if best.batches < _ENOUGH:
+                break
+        return best
+
+    def _allowed(self, memory: int) -> "list[Packer]":
+        return self._all[: max(0, memory // _MEMORY_EACH)]
+
+    async def end_idle(self) -> None:
+        for packer in self._all:
+            await packer.end_if_idle()
+
+    async def stop(self) -> None:
+        for packer in self._all:
+            await packer.stop()
+
+
 class Packer:
-    """The process, or the place where it will be. For one event loop."""
+    """A process, or the place where it will be."""
 
     def __init__(self, keep_open: Sequence[int] = ()) -> None:
-        """`keep_open`: descriptors that the process has too: locks of what it writes to, should it outlive us."""
+        """`keep_open`: as for all of them."""
         self.is_ready = False
         self._keep_open = tuple(keep_open)
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._waiting: dict[int, asyncio.Future[list[int]]] = {}  # by the batch's number
         self._numbers = itertools.count(1)
+        self._has_lines = False
         self.lost_lines: set[int] = set()
         self._not_before = 0.0
+        self._used_at = 0.0
 
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
+    @property
+    def batches(self) -> int:
+        """That are under way."""
+        return len(self._waiting)
+
     def start(self) -> None:
         """Start the process, unless it is there or was lost just now. It is of use when it says that it is ready."""
         if self._process or time.monotonic() < self._not_before:
             return
-        self._not_before = time.monotonic() + _AGAIN_S
+        self._used_at = time.monotonic()
+        self._not_before = self._used_at + _AGAIN_S
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             ours.setblocking(False)
@@ -99,6 +159,7 @@ class Packer:
     def give_line(self, number: int, replicas: int, secret: bytes, fd: int) -> None:
         """The process has a socket to a node of the remote from now on. OSError if it can't be told."""
         assert self._socket
+        self._has_lines = True
         socket.send_fds(self._socket, [HEAD.pack(b"C", number) + bytes((replicas,)) + secret], [fd])
 
     async def _ask(
@@ -124,6 +185,7 @@ class Packer:
             return await waiting or [FAILED] * len(wanted)
         finally:
             patience.cancel()
+            self._used_at = time.monotonic()
 
     def _answered(self) -> None:
         assert self._socket
@@ -152,11 +214,7 @@ class Packer:
 
     def _forget(self) -> None:
         """See to it that the process is gone: it must not write any more when others do its work. Tell who waits."""
-        self.is_ready = False
-        if self._socket:
-            asyncio.get_running_loop().remove_reader(self._socket)
-            self._socket.close()
-            self._socket = None
+        self._hang_up()
         if self._process:
             self._process.kill()
             with suppress(subprocess.TimeoutExpired):
@@ -167,6 +225,22 @@ class Packer:
             _, waiting = self._waiting.popitem()
             if not waiting.done():
                 waiting.set_result([])
+
+    def _hang_up(self) -> None:
+        self.is_ready = self._has_lines = False
+        if self._socket:
+            asyncio.get_running_loop().remove_reader(self._socket)
+            self._socket.close()
+            self._socket = None
+
+    async def end_if_idle(self) -> None:
+        """Let the process end if nobody has needed it for a while. One that is connected to a remote stays."""
+        process = self._process
+        idle = self.is_ready and not self._waiting and time.monotonic() - self._used_at > _IDLE_S
+        if process and idle and not self._has_lines:
+            self._process, self._not_before = None, 0.0
+            self._hang_up()
+            await asyncio.to_thread(process.wait)
 
     async def stop(self) -> None:
         """End the process. It is seen to its end, because it writes to files that others may want to have."""

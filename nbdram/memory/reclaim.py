@@ -44,7 +44,7 @@ from nbdram.memory.layout import (
     cold_word,
 )
 from nbdram.memory.mailbox import Mailbox
-from nbdram.memory.packer import Packer, WantedToSend
+from nbdram.memory.packer import Packer, Packers, WantedToSend
 from nbdram.memory.packing import FAILED, INCOMPRESSIBLE, STUCK, ZEROS, content_of, free_slot, pack
 from nbdram.memory.space import cold_reference
 from nbdram.memory.verdict import Verdict
@@ -67,8 +67,6 @@ _HOPELESS_S: Final = 5.0  # clients that touch everything all the time are waite
 _PAUSE_S: Final = 0.0005  # after a round
 # Where there is a disk or a remote, images in RAM may take this share of the budget.
 _IMAGE_SHARE: Final = 0.5
-# The least memory for data, besides what the server itself takes, that has room for a process which compresses.
-_PROCESS_FROM: Final = 128 << 20
 
 
 class ReclaimCounters:
@@ -97,15 +95,15 @@ class _Job:
 class Reclaimer:
     """Watches one budget over the devices that `devices()` returns."""
 
-    def __init__(self, budget: Budget, devices: Callable[[], Sequence[Device]], packer: Packer | None = None) -> None:
-        """`packer`: the process that compresses, if there may be one."""
+    def __init__(self, budget: Budget, devices: Callable[[], Sequence[Device]], packers: Packers | None = None) -> None:
+        """`packers`: the processes that compress, if there may be any."""
         self.counters = ReclaimCounters()
         self._budget = budget
         self._devices = devices
         self._clock = Clock(Reference.FRESH, Reference.IDLE)
         self._image_clock = Clock(Reference.COLD)
         self._workers = ThreadPoolExecutor(1, thread_name_prefix="nbdram-compress")
-        self._packer = packer
+        self._packers = packers
         self._wanted = asyncio.Event()
         self._complained = False
         self._verdict = Verdict()
@@ -127,8 +125,8 @@ class Reclaimer:
         if self._at_work:
             await asyncio.wait(self._at_work)
         self._workers.shutdown()
-        if self._packer:
-            await self._packer.stop()
+        if self._packers:
+            await self._packers.stop()
 
     async def _watch(self) -> None:
         """What the process itself takes counts too."""
@@ -138,12 +136,15 @@ class Reclaimer:
             await asyncio.sleep(_MEASURE_S if quiet else _MEASURE_BUSY_S)
             self._measure()
             free = self._budget.free_pages
+            if self._packers:
+                await self._packers.end_idle()
 
     def _overhead_bytes(self) -> int:
         own = anonymous_bytes()
-        if self._packer and self._packer.pid:
-            with suppress(OSError):
-                own += anonymous_bytes(self._packer.pid)
+        for packer in self._packers or ():
+            if packer.pid:
+                with suppress(OSError):
+                    own += anonymous_bytes(packer.pid)
         return own
 
     def _measure(self) -> None:
@@ -204,8 +205,7 @@ class Reclaimer:
             jobs, came_round = self._pick(images=images)
             if jobs:
                 self._at_work[asyncio.create_task(self._work(jobs))] = jobs
-            most = _BATCHES_TO_FAR if any(device.remote for device in self._devices()) else _BATCHES_AT_WORK
-            while len(self._at_work) >= (1 if came_round else most):
+            while len(self._at_work) >= (1 if came_round else self._most_batches()):
                 await self._collect()
             if self._gains != gains:
                 rounds = quiet = 0
@@ -220,6 +220,15 @@ class Reclaimer:
         while self._at_work:
             await self._collect()
         return True
+
+    def _most_batches(self) -> int:
+        if any(device.remote for device in self._devices()):
+            return _BATCHES_TO_FAR
+        return self._packers.batches(self._memory_for_data) if self._packers else _BATCHES_AT_WORK
+
+    @property
+    def _memory_for_data(self) -> int:
+        return (self._budget.limit_pages - self._budget.overhead_pages) * PAGE
 
     def _is_receiving(self) -> bool:
         """Whether there is a large WRITE that goes on without more memory: what it has written is ours afterwards."""
@@ -282,11 +291,9 @@ class Reclaimer:
 
     async def _pack(self, jobs: list[_Job]) -> list[_Job]:
         """Have the process store what it can; returns what is left for a thread to do."""
-        packer = self._packer
-        if packer is None or (self._budget.limit_pages - self._budget.overhead_pages) * PAGE < _PROCESS_FROM:
-            return jobs
-        packer.start()
-        if not packer.is_ready:
+        packers = self._packers
+        packer = packers.least_busy(self._memory_for_data) if packers else None
+        if packers is None or packer is None:
             return jobs
         near = [job for job in jobs if job.word & RESIDENT and job.word >> TIER_SHIFT & TIER_MASK <= Tier.RAM]
         if near:
@@ -296,7 +303,7 @@ class Reclaimer:
                 job.image = STUCK if stuck else image
                 if image == FAILED:  # the process was lost, perhaps: in the middle of it
                     job.device.release_stray(job.cluster)
-        return await _send(packer, [job for job in jobs if job.image in (FAILED, INCOMPRESSIBLE)])
+        return await _send(packers.first, [job for job in jobs if job.image in (FAILED, INCOMPRESSIBLE)])
 
     async def _collect(self) -> None:
         done, _ = await asyncio.wait(self._at_work, return_when=asyncio.FIRST_COMPLETED)

@@ -25,7 +25,7 @@ from nbdram.errors import NbdramError
 from nbdram.memory.budget import Budget
 from nbdram.memory.layout import PAGE
 from nbdram.memory.moving import Mover
-from nbdram.memory.packer import Packer
+from nbdram.memory.packer import Packers
 from nbdram.memory.pressure import INTERVAL_S, AutoBudget, pressure_file
 from nbdram.memory.reclaim import Reclaimer
 from nbdram.memory.recovery import sweep, sweep_remote
@@ -83,7 +83,7 @@ class Server:
             raise
         self.exports: Exports = Exports(budget, self.areas, self.state, self.remote, remote_first=settings.remote_first)
         self.reclaimer: Reclaimer = Reclaimer(
-            budget, self.exports.devices, Packer([self.state.lock_fd] if self.state else ())
+            budget, self.exports.devices, Packers([self.state.lock_fd] if self.state else ())
         )
         self.service: Service = Service(self.exports)
         self.service.limits = settings.limits
