@@ -25,7 +25,7 @@ from bench.options import Found, Options
 from bench.servers import DEFAULT_EXPORT, Server, socket_in
 from nbdram.errors import NbdramError
 from nbdram.memory.budget import Budget
-from nbdram.memory.packer import Packer
+from nbdram.memory.packer import Packers
 from nbdram.memory.reclaim import Reclaimer, anonymous_bytes
 from nbdram.memory.tiers.remote import Remote
 from nbdram.observe.control import ask
@@ -170,19 +170,22 @@ async def _demote(servers: Cluster, incompressible: float) -> dict[str, float]:
     for at in range(_DEMOTED * _MIB // _CLUSTER):
         mark = b"%016d" % at
         device.write(at * _CLUSTER, mark + noise[16:kept] + mark * ((_CLUSTER - kept) // 16))
-    packer = Packer()
-    reclaimer = Reclaimer(budget, exports.devices, packer)
+    packers = Packers()
+    reclaimer = Reclaimer(budget, exports.devices, packers)
     reclaimer.start()
-    packer.start()
-    while not packer.is_ready:
+    packers.first.start()
+    while not packers.first.is_ready:
         await asyncio.sleep(0.01)
-    assert packer.pid
-    begun, cpu = time.perf_counter(), time.process_time() + proc.cpu_s(packer.pid)
+
+    def cpu_s() -> float:
+        return time.process_time() + sum(proc.cpu_s(packer.pid) for packer in packers if packer.pid)
+
+    begun, cpu = time.perf_counter(), cpu_s()
     budget.set_limit(anonymous_bytes() + _LEFT * _MIB)
     while budget.free_pages < budget.stop_above:
         budget.take(0)  # as every write does: it wakes reclaim
         await asyncio.sleep(0.005)
-    seconds, cpu = time.perf_counter() - begun, time.process_time() + proc.cpu_s(packer.pid) - cpu
+    seconds, cpu = time.perf_counter() - begun, cpu_s() - cpu
     figures = {
         "stored_per_s": remote.stored_bytes / seconds,
         "content_per_s": remote.stored_images * _CLUSTER / seconds,

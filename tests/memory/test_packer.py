@@ -17,7 +17,7 @@ from nbdram.memory.budget import Budget
 from nbdram.memory.codec import Codec, IntegrityError
 from nbdram.memory.device import Device
 from nbdram.memory.layout import CLUSTER_SHIFT, RESIDENT, SLOT_SHIFT
-from nbdram.memory.packer import Packer
+from nbdram.memory.packer import Packer, Packers
 from nbdram.memory.reclaim import Reclaimer, anonymous_bytes
 from tests.helpers import CLUSTER, MIB, PAGE, eventually, running
 
@@ -50,13 +50,13 @@ async def started() -> AsyncIterator[Packer]:
 
 
 @asynccontextmanager
-async def reclaiming(device: Device) -> AsyncIterator[Packer]:
-    packer = Packer()
-    reclaimer = Reclaimer(device.budget, lambda: [device], packer)
+async def reclaiming(device: Device, most: int = 1) -> AsyncIterator[Packers]:
+    packers = Packers(most=most)
+    reclaimer = Reclaimer(device.budget, lambda: [device], packers)
     reclaimer.start()
     device.budget.set_limit(LIMIT + device.budget.overhead_pages * PAGE)
     try:
-        yield packer
+        yield packers
     finally:
         await reclaimer.stop()
 
@@ -150,7 +150,8 @@ def pack(device: Device, cluster: int) -> int:
 
 
 async def test_under_load_the_process_does_the_work_and_its_memory_counts(device: Device) -> None:
-    async with reclaiming(device) as packer:
+    async with reclaiming(device) as packers:
+        packer = packers.first
         await fill(device, 0)
         await eventually(lambda: packer.is_ready)
         await fill(device, 0, 1)
@@ -166,6 +167,35 @@ async def test_under_load_the_process_does_the_work_and_its_memory_counts(device
     assert not Path(f"/proc/{pid}").exists()
 
 
+async def test_a_second_process_comes_when_one_can_t_keep_up_and_both_go_when_nobody_needs_them(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packer_module, "_MEMORY_EACH", LIMIT * 2 // 5)
+    async with reclaiming(device, most=3) as packers:
+        first, second, third = packers
+        await fill(device, 0)
+        await eventually(lambda: first.is_ready)
+        for generation in range(1, 20):
+            await fill(device, 0, generation)
+            if second.is_ready and second.batches:
+                break
+        assert first.pid
+        assert second.pid
+        assert first.pid != second.pid
+        assert third.pid is None, "there is no memory for it"
+        both = anonymous_bytes(first.pid) + anonymous_bytes(second.pid)
+        await eventually(lambda: device.budget.overhead_pages * PAGE >= anonymous_bytes() + both - MIB)
+        monkeypatch.setattr(packer_module, "_IDLE_S", 0.0)
+        pids = first.pid, second.pid
+        await eventually(lambda: first.pid is None and second.pid is None)
+        await eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+        await fill(device, 0, 100)
+        await eventually(lambda: not device.reclaiming)
+        for cluster in range(COUNT):
+            assert device.read(cluster * CLUSTER, CLUSTER) == text(cluster, 100)
+        assert device.cold_pages * PAGE == device.ram.allocated_bytes()
+
+
 @pytest.mark.parametrize(
     ("sent", "told"), [(signal.SIGKILL, "has gone"), (signal.SIGSTOP, "has not answered for 0.1 s")]
 )
@@ -178,7 +208,8 @@ async def test_nothing_is_lost_with_the_process_and_another_one_comes(
 ) -> None:
     monkeypatch.setattr(packer_module, "_AGAIN_S", 0.0)
     monkeypatch.setattr(packer_module, "_PATIENCE_S", 0.1)
-    async with reclaiming(device) as packer:
+    async with reclaiming(device) as packers:
+        packer = packers.first
         await fill(device, 0)
         killed = set()
         for generation in range(1, 6):
@@ -211,7 +242,8 @@ async def test_what_the_process_answered_before_it_was_lost_is_kept(
         return images
 
     monkeypatch.setattr(Packer, "pack", pack_and_go)
-    async with reclaiming(device) as packer:
+    async with reclaiming(device) as packers:
+        packer = packers.first
         for generation in range(6):
             await fill(device, 0, generation)
             await eventually(lambda: not device.reclaiming)
@@ -239,7 +271,8 @@ async def test_where_no_process_can_be_started_a_thread_compresses(
     device: Device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    async with reclaiming(device) as packer:
+    async with reclaiming(device) as packers:
+        packer = packers.first
         await fill(device, 0)
         assert not packer.is_ready
         assert device.cold_clusters > COUNT // 4

@@ -231,20 +231,22 @@ async def test_an_export_whose_clients_never_stop_writing_does_not_starve_the_ot
 async def test_a_state_directory_that_others_fill_is_enospc_and_no_page_is_lost(tmp_path: Path, length: int) -> None:
     new = b"n" * length
     with mounted(tmp_path, "tmpfs", "size=64m") as point:
-        async with served(tmp_path, "ram=32M", state_dir=point / "state", write_wait_s=0.1) as server:
-            async with await server.entered() as client:
-                await client.write(0, content(0))
-                free = server.server.exports.budget.free_pages
-                with (point / "other").open("wb", buffering=0) as other:
-                    while os.statvfs(point).f_bavail > 3:
-                        other.write(bytes(PAGE))
-                    answer = await client.call(Command.WRITE, MIB, payload=new)
-                    assert answer.error == errno.ENOSPC
-                    assert await client.read(0, CLUSTER) == content(0)
-                    there = await client.read(MIB, length)
-                    pages = there.count(b"n") // PAGE
-                    assert there == new[: pages * PAGE] + bytes(length - pages * PAGE)
-                    assert server.server.exports.budget.free_pages == free - pages
-                (point / "other").unlink()
-                await client.write(MIB, new)
-                assert await client.read(MIB, length) == new
+        async with (
+            served(tmp_path, "ram=32M", state_dir=point / "state", write_wait_s=0.1) as server,
+            await server.entered() as client,
+        ):
+            await client.write(0, content(0))
+            free = server.server.exports.budget.free_pages
+            with (point / "other").open("wb", buffering=0) as other:
+                while os.statvfs(point).f_bavail > 3:
+                    other.write(bytes(PAGE))
+                answer = await client.call(Command.WRITE, MIB, payload=new)
+                assert answer.error == errno.ENOSPC
+                assert await client.read(0, CLUSTER) == content(0)
+                there = await client.read(MIB, length)
+                pages = there.count(b"n") // PAGE
+                assert there == new[: pages * PAGE] + bytes(length - pages * PAGE)
+                assert server.server.exports.budget.free_pages == free - pages
+            (point / "other").unlink()
+            await client.write(MIB, new)
+            assert await client.read(MIB, length) == new

@@ -18,7 +18,7 @@ from nbdram.memory import reclaim
 from nbdram.memory.budget import Budget
 from nbdram.memory.device import Device
 from nbdram.memory.layout import LENGTH_SHIFT, RESIDENT, TIER_MASK, TIER_SHIFT, Tier
-from nbdram.memory.packer import Packer
+from nbdram.memory.packer import Packer, Packers
 from nbdram.memory.packing import FAILED, HEAD
 from nbdram.memory.reclaim import Reclaimer
 from nbdram.memory.tiers import sending as sending_module
@@ -194,12 +194,13 @@ def content(cluster: int, generation: int) -> bytes:
 @asynccontextmanager
 async def demoted(servers: Cluster, monkeypatch: pytest.MonkeyPatch, replicas: int = 0) -> AsyncIterator[Demoted]:
     servers.empty()
-    monkeypatch.setattr(reclaim, "_PROCESS_FROM", 0)
+    monkeypatch.setattr(packer_module, "_MEMORY_EACH", 1)
     monkeypatch.setattr(reclaim, "anonymous_bytes", lambda _=None: 0)  # of tests it changes from one to the next
     remote = Remote(replace(servers.settings, replicas=replicas))
     budget = Budget(64 * MIB)
     exports = Exports(budget, remote=remote)
-    packer = Packer()
+    packers = Packers()
+    packer = packers.first
     made = Demoted(exports.create("ram", GIB).device, packer)
     submit = RemoteTier.submit
 
@@ -208,7 +209,7 @@ async def demoted(servers: Cluster, monkeypatch: pytest.MonkeyPatch, replicas: i
         return submit(tier, cluster, slot, image)
 
     monkeypatch.setattr(RemoteTier, "submit", counted)
-    reclaimer = Reclaimer(budget, exports.devices, packer)
+    reclaimer = Reclaimer(budget, exports.devices, packers)
     reclaimer.start()
     packer.start()
     await eventually(lambda: packer.is_ready)
