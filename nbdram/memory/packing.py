@@ -62,6 +62,7 @@ REQUEST_TO_SEND: Final = Struct("<HIBQQI16sQ")
 ANSWER: Final = Struct("<q")
 READY: Final = b"ready"
 MOST: Final = 64  # clusters in a batch
+_NICE: Final = 10  # whoever waits for memory does not take the processor that reclaim needs: all others go first
 _KEPT_BYTES: Final = 4 << 20  # by who has images on their way to a remote
 
 
@@ -127,6 +128,7 @@ def serve(fd: int) -> None:
     """The process: answer batches until the other end of the socket `fd` is closed."""
     for number in (signal.SIGINT, signal.SIGTERM):  # whole groups of processes are told: our server will end us
         signal.signal(number, signal.SIG_IGN)
+    os.nice(_NICE)
     with suppress(OSError), open("/proc/self/comm", "w") as name:
         name.write("nbdram-compress")
     with socket.socket(fileno=fd) as server, suppress(BrokenPipeError, ConnectionResetError):
