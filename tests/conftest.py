@@ -1,6 +1,13 @@
-"""All tests run on uvloop, as the server does; what hypothesis tries is the same in every run."""
+"""All tests run on uvloop, as the server does; what hypothesis tries is the same in every run.
+
+Servers that tests start in this process count all that it holds into their budgets. So it keeps little that nobody
+uses: threads have no arenas of their own, as in the server, and freed memory goes back to the kernel. What a connection
+that broke has left behind (reader, error, and the frames with all that they hold) is garbage in a circle, of so few
+objects that the collector would seldom look for it among all that modules have.
+"""
 
 import asyncio
+import gc
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -9,8 +16,24 @@ import pytest
 import uvloop
 from hypothesis import settings
 
+from nbdram.memory.malloc import keep_what_is_freed, share_one_arena
+from tests.helpers import MIB
+
+share_one_arena()
+keep_what_is_freed(MIB)
 settings.register_profile("nbdram", deadline=None, derandomize=True)
 settings.load_profile("nbdram")
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what is here by now stays, and need not be looked through each time
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_garbage() -> Iterator[None]:
+    yield
+    gc.collect()
 
 
 @pytest.fixture
