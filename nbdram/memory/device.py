@@ -6,6 +6,7 @@ everything that it leaves to them: faults, partial pages, first touches.
 
 import errno
 import logging
+import os
 import time
 from collections.abc import Iterator
 from typing import Final
@@ -150,9 +151,7 @@ class Device(Space):
         elif reference <= TOUCHED:
             self.references[cluster] = READ_ONCE_BESIDE + page
         elif self.budget.has_spare(much=reference >= READ_ONCE and reference & 15 != page):
-            start = offset & ~(PAGE - 1)
-            self._fault(cluster, start, min(base + CLUSTER, -(-end // PAGE) * PAGE))
-            return [self.hot_view[offset:end]]
+            return self._promote(cluster, offset, end)
         return self.decode(cluster, word, offset - base, end - base)
 
     def decode(self, cluster: int, word: int, start: int, end: int, image: bytes | None = None) -> list[Buffer]:
@@ -197,7 +196,13 @@ class Device(Space):
             return self.ram.fetch(cluster, slot, length)
         return self.far_tier(word).load(cluster, slot, length)
 
-    def _fault(self, cluster: int, start: int, end: int, image: bytes | None = None) -> None:
+    def _promote(self, cluster: int, start: int, end: int, image: bytes | None = None) -> list[Buffer]:
+        """Make the pages of [start, end) resident. Their bytes as they came: views of `hot` take page faults."""
+        first = start & ~(PAGE - 1)
+        pieces = self._fault(cluster, first, -(-end // PAGE) * PAGE, image)
+        return [memoryview(pieces[0])[start - first : end - first]] if len(pieces) == 1 else [self.hot_view[start:end]]
+
+    def _fault(self, cluster: int, start: int, end: int, image: bytes | None = None) -> list[Buffer]:
         """Copy the missing pages [start, end) of a cluster out of its image to `hot`, clean.
 
         What a write in progress has received of them stays; pages that it may still change are dirty.
@@ -205,10 +210,8 @@ class Device(Space):
         base = cluster << CLUSTER_SHIFT
         pieces = self.decode(cluster, self.words[cluster], start - base, end - base, image)
         arrived = self.arrived(start, end) if self.incoming else []
-        at = start
-        for piece in pieces:
-            self.hot[at : at + len(piece)] = piece
-            at += len(piece)
+        if os.pwritev(self.backing.hot_fd, pieces, start) != end - start:  # no page fault, as a copy to the map has
+            raise OSError(errno.EIO, "a memory file takes no more")
         mask = pages_within(cluster, start, end)
         new_pages = mask.bit_count()
         self.budget.free_pages -= new_pages
@@ -221,6 +224,7 @@ class Device(Space):
         for at, content in arrived:
             self.mark_written(at, at + len(content))
             self.hot[at : at + len(content)] = content
+        return pieces
 
     def gather(self, offset: int, end: int, images: Images | None = None) -> list[Piece]:
         """[offset, end) as neighbouring (start, end, buffers), an empty list for a hole; touches the clusters.
@@ -267,8 +271,11 @@ class Device(Space):
         if image is None or not image.is_current:
             raise FarPage(cluster)
         if self.budget.has_spare():
-            self._fault(cluster, start & ~(PAGE - 1), -(-end // PAGE) * PAGE, image.content)
-            return [self.hot_view[start:end]]
+            first = start & ~(PAGE - 1)
+            pieces = self._fault(cluster, first, -(-end // PAGE) * PAGE, image.content)
+            return (
+                [memoryview(pieces[0])[start - first : end - first]] if len(pieces) == 1 else [self.hot_view[start:end]]
+            )
         if self.references[cluster] in (Reference.FAR, Reference.REMOTE):
             self.references[cluster] += 1  # touched
         base = cluster << CLUSTER_SHIFT

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from nbdram.memory.codec import IntegrityError
 from nbdram.memory.device import FarPage, Piece
-from nbdram.memory.layout import CLUSTER, PAGE, Tier
+from nbdram.memory.layout import CLUSTER, CLUSTER_SHIFT, PAGE, Tier
 from nbdram.protocol import wire
 from nbdram.protocol.handshake import ReplyMode
 from nbdram.protocol.wire import Command, CommandFlag
@@ -330,7 +330,7 @@ def _read_now(connection: "Connection", out: "list[Buffer]", flags: int, cookie:
     try:
         images = connection.fetcher.at_hand(device, offset, end)
         if images is None:
-            if end - offset > CLUSTER or not ShortRead(connection, flags, cookie, offset, end).begin():
+            if not ShortRead(connection, flags, cookie, offset, end).begin():
                 connection.spawn(Command.READ, _read(connection, flags, cookie, offset, end))
             return
         if images:
@@ -353,7 +353,7 @@ def _answer(
 
 
 class ShortRead:
-    """A READ of up to a cluster that waits for one image and for nothing else.
+    """A READ within a cluster that waits for its image and for nothing else.
 
     A task would take as long as all that is done in it. It is made only where something else comes in between.
     """
@@ -373,16 +373,16 @@ class ShortRead:
     def begin(self) -> bool:
         """False, and nothing has happened, if it would have to wait for anything else."""
         connection, fetcher, device = self._connection, self._connection.fetcher, self._connection.device
-        clusters = device.far_clusters(self._offset, self._end)
-        if len(clusters) != 1 or not connection.is_drained() or device.budget.free_pages <= 0:
+        cluster = self._offset >> CLUSTER_SHIFT
+        if cluster != (self._end - 1) >> CLUSTER_SHIFT or not connection.is_drained() or device.budget.free_pages <= 0:
             return False
         if not fetcher.short_turns.take_now():
             return False
         if fetcher.holding.take_now(device.budget, self._pages):
             connection.ahead.follow(device, self._offset, self._end)
-            image = fetcher.tell(device, clusters[0], self._came)
+            image = fetcher.tell(device, cluster, self._came)
             if image is not None:
-                self._image = clusters[0], image
+                self._image = image
                 connection.wait_for(self)
                 return True
             fetcher.holding.give(self._pages)
@@ -400,7 +400,7 @@ class ShortRead:
         if self._is_over:
             return
         connection, device = self._connection, self._connection.device
-        cluster, image = self._image
+        cluster, image = self._offset >> CLUSTER_SHIFT, self._image
         out: list[Buffer] = []
         try:
             if error is not None and image.is_current:
