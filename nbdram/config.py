@@ -144,7 +144,7 @@ class SwapSettings:
         if not comma:
             path, option = rest, ""
         if kind != "disk" or not path:
-            raise UsageError(f"--swap {text!r}: write disk:PATH or disk:PATH,max=SIZE")
+            raise UsageError(f"--swap {text!r}: write disk:PATH or disk:PATH,max=SIZE, or redis://HOST:PORT,...")
         try:
             return cls(Path(path), parse_size(option) if comma else 0)
         except UsageError as error:
@@ -269,7 +269,7 @@ def parse_nbd_uri(text: str) -> tuple[Endpoint, str]:
         parts = urlsplit(text)
         port = parts.port
     except ValueError:
-        raise UsageError(f"{text!r} is not an NBD URI") from None
+        raise UsageError(f"{text!r} is not an NBD URI: the port is 0 to 65535, an IPv6 address in brackets") from None
     name = unquote(parts.path.removeprefix("/"), errors="surrogateescape")
     if not _is_utf8(name):
         raise UsageError(f"{text!r} names an export that is not in UTF-8")

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from nbdram import __version__
+from nbdram.cli.parser import Parser
 from nbdram.errors import NbdramError, UsageError
 
 # The module of each command. Only the one that is asked for is imported: `attach` needs no server, `serve` no netlink.
@@ -37,14 +38,17 @@ _COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 1 on failure, 2 for a mistake in what was asked."""
-    parser = argparse.ArgumentParser(prog="nbdram", description="NBD devices that live in RAM.")
+    parser: argparse.ArgumentParser = Parser(prog="nbdram", description="NBD devices that live in RAM.")
     parser.add_argument("--version", action="version", version=f"nbdram {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     words = sys.argv[1:] if arguments is None else list(arguments)
     modules = [_COMMANDS[words[0]]] if words and words[0] in _COMMANDS else _COMMANDS.values()
     for module in modules:
         importlib.import_module(f"nbdram.cli.{module}").add(commands)
-    parsed = parser.parse_args(words)
+    parsed, unknown = parser.parse_known_args(words)
+    if unknown:
+        command = f"nbdram {words[0]}" if words[0] in _COMMANDS else "nbdram"
+        Parser(prog=command).error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         code: int = parsed.run(parsed)
         sys.stdout.flush()

@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     verdict = f"damaged: {', '.join(damaged)}" if damaged else "all whole"
     if unchecked:
         verdict += f", as far as they could be checked: {unchecked} images in a remote could not"
-    print(f"{len(findings)} exports, {verdict}")
+    print(f"{len(findings)} export{'s' * (len(findings) != 1)}, {verdict}")
     return 1 if damaged or unchecked else 0
 
 

@@ -37,7 +37,7 @@ def _remove_directory(path: Path, swap: str | None) -> None:
         count = len(state.manifest.devices)
         left = _remove_from_remote(state, swap)
         state.remove()
-    print(f"removed {path} with {count} exports")
+    print(f"removed {path} with {count} export{'s' * (count != 1)}")
     if left:
         print(f"nbdram: {left}", file=sys.stderr)
 

@@ -31,7 +31,7 @@ class Session:
         try:
             self._socket = _dial(endpoint)
         except OSError as error:
-            raise NbdramError(f"can't reach {endpoint}: {error.strerror or error}") from error
+            raise NbdramError(f"can't reach {endpoint}: {error.strerror or error}; is a server there?") from error
         try:
             self.run(ours.greet())
             if endpoint.tls:
@@ -164,7 +164,7 @@ def _telling_errors() -> Iterator[None]:
     try:
         yield
     except TimeoutError as error:
-        raise NbdramError(f"the server has not answered for {_TIMEOUT_S:.0f} s") from error
+        raise NbdramError(f"the server has not answered for {_TIMEOUT_S:.0f} s: is it one of NBD?") from error
     except OSError as error:
         raise NbdramError(f"the server hung up: {error.strerror or error}") from error
 

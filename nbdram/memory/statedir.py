@@ -129,6 +129,8 @@ class StateDirectory:
         """Open it, or make it; with `make` false it must exist. NbdramError if it can't be used."""
         self.path = path
         if make:
+            if os.path.isfile(path):
+                raise NbdramError(f"can't use {path}: it is not a directory, name one on tmpfs")
             _or_complain(path, lambda: path.mkdir(mode=0o700, exist_ok=True))
         self._fd = _or_complain(path, lambda: os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         try:

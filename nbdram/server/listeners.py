@@ -9,6 +9,10 @@ from nbdram.config import Endpoint
 from nbdram.errors import NbdramError
 
 _FIRST_INHERITED_FD = 3
+_ADVICE: dict[int | None, str] = {
+    errno.EADDRINUSE: "; stop what uses the port or choose another",
+    errno.EADDRNOTAVAIL: "; name an address of this host",
+}
 
 
 def open_listeners(endpoint: Endpoint, *, allow_plaintext: bool = True) -> list[socket.socket]:
@@ -94,7 +98,7 @@ def _tcp(endpoint: Endpoint) -> list[socket.socket]:
     try:
         found = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
-        raise NbdramError(f"can't listen on {endpoint}: {error.strerror}") from error
+        raise NbdramError(f"can't listen on {endpoint}: {error.strerror}; name an address of this host") from error
     last_error: OSError | None = None
     for family, kind, protocol, _, address in found:
         sock = socket.socket(family, kind, protocol)
@@ -114,8 +118,7 @@ def _tcp(endpoint: Endpoint) -> list[socket.socket]:
         for sock in sockets:
             sock.close()
         raise NbdramError(
-            f"can't listen on {endpoint}: {last_error.strerror}"
-            + ("; stop what uses the port or choose another" if last_error.errno == errno.EADDRINUSE else "")
+            f"can't listen on {endpoint}: {last_error.strerror}{_ADVICE.get(last_error.errno, '')}"
         ) from last_error
     return sockets
 

@@ -133,9 +133,14 @@ async def test_a_look_at_a_server_allocates_nothing(tmp_path: Path) -> None:
     ("uri", "code", "told"),
     [
         ("ram", 2, "'ram' is not an NBD URI: write nbd://HOST/NAME or nbd+unix:///NAME?socket=PATH"),
+        ("nbd://127.0.0.1:99999/ram", 2, "the port is 0 to 65535"),
         ("nbd+unix:///ram", 2, "names no socket"),
-        ("nbd+unix:///ram?socket=/nowhere", 1, "can't reach unix:/nowhere: No such file or directory"),
-        ("nbd://127.0.0.1:1/ram", 1, "can't reach tcp://127.0.0.1:1: Connection refused"),
+        (
+            "nbd+unix:///ram?socket=/nowhere",
+            1,
+            "can't reach unix:/nowhere: No such file or directory; is a server there?",
+        ),
+        ("nbd://127.0.0.1:1/ram", 1, "can't reach tcp://127.0.0.1:1: Connection refused; is a server there?"),
     ],
 )
 def test_a_mistake_gets_one_sentence(

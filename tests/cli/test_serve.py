@@ -141,13 +141,29 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(
     assert told in sentence(Finished(code, *capsys.readouterr()), 2)
 
 
-@pytest.mark.parametrize("arguments", [(), ("bogus",), ("serve", "x"), ("serve", "--log-format", "x"), ("list",)])
-def test_a_malformed_command_line_shows_its_usage(
+@pytest.mark.parametrize("option", ["--state-dir", "--swap"])
+def test_a_file_where_a_directory_belongs_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    (tmp_path / "file").touch()
+    path = f"{tmp_path}/file"
+    code = main(["serve", option, f"disk:{path}" if option == "--swap" else path, *SOMEWHERE])
+    assert "it is not a directory, name one" in sentence(Finished(code, *capsys.readouterr()), 1)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("bogus",), ("serve", "x"), ("serve", "--exprt", "a=1G"), ("serve", "--log-format", "x"), ("list",)],
+)
+def test_a_malformed_command_line_gets_one_sentence_too(
     capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
-    assert capsys.readouterr().err.startswith("usage: nbdram")
+    (line,) = capsys.readouterr().err.splitlines()
+    command = " ".join(("nbdram", *(word for word in arguments[:1] if word != "bogus")))
+    assert line.startswith(f"{command}: ")
+    assert line.endswith(f"`{command} --help`")
 
 
 async def test_a_port_in_use_is_a_failure_that_leaves_nothing_behind(tmp_path: Path) -> None:

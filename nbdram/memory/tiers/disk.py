@@ -58,6 +58,8 @@ class SwapArea:
         self.failing = False  # it has refused the last write
         self._retry_at = 0.0
         self._seal = Seal(secret, b"nbdram swap", "on disk")
+        if os.path.isfile(path):
+            raise NbdramError(f"can't use {path} for swap: it is not a directory, name one")
         try:
             path.mkdir(mode=0o700, exist_ok=True)
             self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

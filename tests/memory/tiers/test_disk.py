@@ -53,7 +53,7 @@ def test_a_directory_is_made_but_not_its_parents(tmp_path: Path) -> None:
 
 def test_a_file_is_no_swap_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(NbdramError, match=r"can't use .*/file for swap"):
+    with pytest.raises(NbdramError, match=r"can't use .*/file for swap: it is not a directory, name one"):
         SwapArea(tmp_path / "file", 0)
 
 
