@@ -17,7 +17,7 @@ import uvloop
 from hypothesis import settings
 
 from nbdram.memory.malloc import keep_what_is_freed, share_one_arena
-from tests.helpers import MIB
+from tests.helpers import MIB, lone_devices
 
 share_one_arena()
 keep_what_is_freed(MIB)
@@ -34,6 +34,15 @@ def pytest_collection_finish() -> None:
 def _no_garbage() -> Iterator[None]:
     yield
     gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def _no_devices() -> Iterator[None]:
+    yield
+    while lone_devices:
+        device = lone_devices.pop()
+        if not device.backing.hot.closed:
+            device.close()
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from nbdram.config import Endpoint, ExportSettings, ServeSettings, parse_size
+from nbdram.memory.budget import Budget
 from nbdram.memory.device import Device
 from nbdram.memory.reclaim import anonymous_bytes
 from nbdram.protocol.handshake import ReplyMode
@@ -440,6 +441,15 @@ async def eventually(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(PATIENCE_S):
         while not condition():
             await asyncio.sleep(0.001)
+
+
+lone_devices: list[Device] = []  # that tests have made, and that are closed when these end
+
+
+def lone_device(size: int, budget_bytes: int) -> Device:
+    """A device without a server."""
+    lone_devices.append(Device("disk", size, Budget(budget_bytes)))
+    return lone_devices[-1]
 
 
 def hot_pages(device: Device) -> int:

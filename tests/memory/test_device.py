@@ -14,7 +14,7 @@ from nbdram.memory.device import Device
 from nbdram.memory.incoming import Incoming
 from nbdram.memory.layout import Tier, page_runs
 from nbdram.memory.space import Copies
-from tests.helpers import CLUSTER, GIB, MIB, PAGE, TIB, hot_pages, index_pages
+from tests.helpers import CLUSTER, GIB, MIB, PAGE, TIB, hot_pages, index_pages, lone_device
 from tests.memory.evicting import evict
 from tests.memory.machine import DeviceMachine
 
@@ -26,7 +26,7 @@ NOISE = random.Random(1).randbytes(CLUSTER)
 
 
 def device(size: int = GIB, budget: int = 64 * MIB) -> Device:
-    return Device("test", size, Budget(budget))
+    return lone_device(size, budget)
 
 
 def pages_of(device: Device) -> tuple[int, int]:

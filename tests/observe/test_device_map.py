@@ -3,17 +3,16 @@
 import random
 from collections import Counter
 
-from nbdram.memory.budget import Budget
 from nbdram.memory.device import Device
 from nbdram.memory.layout import Tier
 from nbdram.observe import device_map
 
-from ..helpers import CLUSTER, GIB, MIB, PAGE, TIB
+from ..helpers import CLUSTER, GIB, MIB, PAGE, TIB, lone_device
 from ..memory.evicting import evict
 
 
 def made(size: int = TIB) -> Device:
-    return Device("disk", size, Budget(512 * MIB))
+    return lone_device(size, 512 * MIB)
 
 
 def drawn_bytes(drawn: device_map.DeviceMap) -> list[float]:
