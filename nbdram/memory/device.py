@@ -6,7 +6,6 @@ everything that it leaves to them: faults, partial pages, first touches.
 
 import errno
 import logging
-import os
 import time
 from collections.abc import Iterator
 from typing import Final
@@ -197,21 +196,29 @@ class Device(Space):
         return self.far_tier(word).load(cluster, slot, length)
 
     def _promote(self, cluster: int, start: int, end: int, image: bytes | None = None) -> list[Buffer]:
-        """Make the pages of [start, end) resident. Their bytes as they came: views of `hot` take page faults."""
-        first = start & ~(PAGE - 1)
-        pieces = self._fault(cluster, first, -(-end // PAGE) * PAGE, image)
+        """Make the pages of [start, end) resident, if they fit. Their bytes as they came: views of `hot` may fault."""
+        first, base = start & ~(PAGE - 1), cluster << CLUSTER_SHIFT
+        try:
+            pieces = self._fault(cluster, first, -(-end // PAGE) * PAGE, image)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            return self.decode(cluster, self.words[cluster], start - base, end - base, image)
         return [memoryview(pieces[0])[start - first : end - first]] if len(pieces) == 1 else [self.hot_view[start:end]]
 
     def _fault(self, cluster: int, start: int, end: int, image: bytes | None = None) -> list[Buffer]:
-        """Copy the missing pages [start, end) of a cluster out of its image to `hot`, clean.
+        """Copy the missing pages [start, end) of a cluster out of its image to `hot`, clean; returns their bytes.
 
-        What a write in progress has received of them stays; pages that it may still change are dirty.
+        What a write in progress has received of them stays; pages that it may still change are dirty. ENOSPC as `put`.
         """
         base = cluster << CLUSTER_SHIFT
         pieces = self.decode(cluster, self.words[cluster], start - base, end - base, image)
         arrived = self.arrived(start, end) if self.incoming else []
-        if os.pwritev(self.backing.hot_fd, pieces, start) != end - start:  # no page fault, as a copy to the map has
-            raise OSError(errno.EIO, "a memory file takes no more")
+        try:
+            self.put(start, *pieces)
+        finally:
+            for at, content in arrived:
+                self.hot[at : at + len(content)] = content
         mask = pages_within(cluster, start, end)
         new_pages = mask.bit_count()
         self.budget.free_pages -= new_pages
@@ -223,7 +230,6 @@ class Device(Space):
         self.references[cluster] = TOUCHED
         for at, content in arrived:
             self.mark_written(at, at + len(content))
-            self.hot[at : at + len(content)] = content
         return pieces
 
     def gather(self, offset: int, end: int, images: Images | None = None) -> list[Piece]:
@@ -271,11 +277,7 @@ class Device(Space):
         if image is None or not image.is_current:
             raise FarPage(cluster)
         if self.budget.has_spare():
-            first = start & ~(PAGE - 1)
-            pieces = self._fault(cluster, first, -(-end // PAGE) * PAGE, image.content)
-            return (
-                [memoryview(pieces[0])[start - first : end - first]] if len(pieces) == 1 else [self.hot_view[start:end]]
-            )
+            return self._promote(cluster, start, end, image.content)
         if self.references[cluster] in (Reference.FAR, Reference.REMOTE):
             self.references[cluster] += 1  # touched
         base = cluster << CLUSTER_SHIFT

@@ -1,8 +1,10 @@
 """A device against a model, and its promises one by one."""
 
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +19,7 @@ from nbdram.memory.space import Copies
 from tests.helpers import CLUSTER, GIB, MIB, PAGE, TIB, hot_pages, index_pages, lone_device
 from tests.memory.evicting import evict
 from tests.memory.machine import DeviceMachine
+from tests.memory.tiers.mounts import mounted
 
 TestDeviceAgainstModel = DeviceMachine.TestCase
 TestDeviceAgainstModel.settings = settings(max_examples=50, stateful_step_count=40)
@@ -490,6 +493,34 @@ def test_writing_a_part_of_a_cold_page_does_not_undo_what_another_write_has_rece
     made.write(200, b"other")
     receive(incoming, b"n" * (CLUSTER - 100))
     assert made.read(0, CLUSTER) == b"n" * CLUSTER
+
+
+@pytest.mark.parametrize("arrived", [0, 100])
+def test_a_page_that_finds_no_room_stays_cold_and_is_read_all_the_same(tmp_path: Path, arrived: int) -> None:
+    with mounted(tmp_path, "tmpfs", "size=1m") as point:
+
+        def open_file(kind: str, length: int) -> int:
+            fd = os.open(point / kind, os.O_RDWR | os.O_CREAT)
+            os.ftruncate(fd, length)
+            return fd
+
+        made = Device("test", MIB, Budget(64 * MIB), None, open_file)
+        made.write(0, TEXT[:CLUSTER])
+        assert evict(made, 0)
+        incoming = begin(made, PAGE, 3 * PAGE)
+        receive(incoming, b"n" * arrived)
+        with (point / "other").open("wb", buffering=0) as other:
+            while os.statvfs(point).f_bavail > 1:
+                other.write(bytes(PAGE))
+            for _ in range(3):
+                content = made.read(0, CLUSTER)
+                assert content[:PAGE] + content[3 * PAGE :] == TEXT[:PAGE] + TEXT[3 * PAGE : CLUSTER]
+            assert made.resident_pages == 0
+            assert hot_pages(made) == (arrived > 0)
+        (point / "other").unlink()
+        assert receive(incoming, b"n" * (2 * PAGE - arrived))
+        assert made.read(0, CLUSTER) == TEXT[:PAGE] + b"n" * 2 * PAGE + TEXT[3 * PAGE : CLUSTER]
+        made.close()
 
 
 def test_two_writes_may_be_received_into_one_page() -> None:
