@@ -88,15 +88,19 @@ def memory(pid: int, memfd_prefix: str) -> Memory:
 def held_bytes(pid: int, memfd_prefix: str) -> int:
     """RssAnon, that of children too, and memfds only: quick enough to be asked many times a second."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return sum(map(_rss_anon, (pid, *map(int, children)))) + _memfd_bytes(pid, memfd_prefix)
+    size, own = _size_and_rss_anon(pid)
+    others = [_size_and_rss_anon(int(child)) for child in children]
+    # A child that has not begun its program yet (vfork) has the memory of its parent, all of it: once is enough.
+    return own + sum(anonymous for its_size, anonymous in others if its_size != size) + _memfd_bytes(pid, memfd_prefix)
 
 
-def _rss_anon(pid: int) -> int:
-    """0 for a process that is gone."""
+def _size_and_rss_anon(pid: int) -> tuple[int, int]:
+    """VmSize and RssAnon; 0 for a process that is gone."""
     try:
-        return _kib_fields(Path(f"/proc/{pid}/status")).get("RssAnon", 0)
+        fields = _kib_fields(Path(f"/proc/{pid}/status"))
     except (FileNotFoundError, ProcessLookupError):
-        return 0
+        return 0, 0
+    return fields.get("VmSize", 0), fields.get("RssAnon", 0)
 
 
 def _kib_fields(path: Path) -> dict[str, int]:
