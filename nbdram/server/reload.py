@@ -58,8 +58,8 @@ class Reloader:
         self._read = read
         self._one_at_a_time = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
-        self.failures = 0
-        self.succeeded_at = time.time()
+        self.failures: int = 0
+        self.succeeded_at: float = time.time()
 
     def begin(self) -> None:
         """For a signal: what comes of it is in the log."""
