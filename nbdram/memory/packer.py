@@ -234,12 +234,13 @@ class Packer:
             self._socket = None
 
     async def end_if_idle(self) -> None:
-        """Let the process end if nobody has needed it for a while. One that is connected to a remote stays."""
+        """End the process if nobody has needed it for a while. One that is connected to a remote stays."""
         process = self._process
         idle = self.is_ready and not self._waiting and time.monotonic() - self._used_at > _IDLE_S
         if process and idle and not self._has_lines:
             self._process, self._not_before = None, 0.0
             self._hang_up()
+            process.kill()  # it has nothing to do, and may have been stopped
             await asyncio.to_thread(process.wait)
 
     async def stop(self) -> None:

@@ -780,7 +780,7 @@ class Connection(asyncio.BufferedProtocol):
         self.fail(refusal, wire.Command.WRITE, *self._incoming_request, error)
         self._skip, self._skip_reply = end - start - dropped, refusal[0]
         if not self._skip:
-            self._send(refusal)
+            self.send(refusal)
 
     def _abandon_incoming(self) -> None:
         if self._incoming is not None:

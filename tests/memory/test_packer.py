@@ -185,6 +185,8 @@ async def test_a_second_process_comes_when_one_can_t_keep_up_and_both_go_when_no
         assert third.pid is None, "there is no memory for it"
         both = anonymous_bytes(first.pid) + anonymous_bytes(second.pid)
         await eventually(lambda: device.budget.overhead_pages * PAGE >= anonymous_bytes() + both - MIB)
+        await eventually(lambda: not device.reclaiming and not first.batches and not second.batches)
+        os.kill(second.pid, signal.SIGSTOP)  # it has to go all the same
         monkeypatch.setattr(packer_module, "_IDLE_S", 0.0)
         pids = first.pid, second.pid
         await eventually(lambda: first.pid is None and second.pid is None)
