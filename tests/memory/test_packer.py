@@ -41,12 +41,17 @@ def device(request: pytest.FixtureRequest) -> Iterator[Device]:
 @asynccontextmanager
 async def started() -> AsyncIterator[Packer]:
     packer = Packer()
-    packer.start()
     try:
-        await eventually(lambda: packer.is_ready)
+        await ready(packer)
         yield packer
     finally:
         await packer.stop()
+
+
+async def ready(packer: Packer) -> None:
+    """Reclaim starts the next process when it has a batch for it, which may be after the last one was lost."""
+    packer.start()
+    await eventually(lambda: packer.is_ready)
 
 
 @asynccontextmanager
@@ -215,7 +220,7 @@ async def test_nothing_is_lost_with_the_process_and_another_one_comes(
         await fill(device, 0)
         killed = set()
         for generation in range(1, 6):
-            await eventually(lambda: packer.is_ready)
+            await ready(packer)
             assert packer.pid
             os.kill(packer.pid, sent)
             killed.add(packer.pid)
@@ -251,7 +256,7 @@ async def test_what_the_process_answered_before_it_was_lost_is_kept(
             await eventually(lambda: not device.reclaiming)
             for cluster in range(COUNT):
                 assert device.read(cluster * CLUSTER, CLUSTER) == text(cluster, generation)
-            await eventually(lambda: packer.is_ready)
+            await ready(packer)
         assert len(lost) == 5
         assert not device.integrity_errors
 
