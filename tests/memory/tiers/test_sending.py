@@ -250,6 +250,7 @@ async def test_nothing_is_lost_when_the_process_is_killed_or_its_connections_are
     async with demoted(redis_cluster, monkeypatch) as here:
         await here.fill(0)
         for generation in range(1, 7):
+            here.packer.start()
             await eventually(lambda: here.packer.is_ready)
             filling = asyncio.create_task(here.fill(generation))
             await asyncio.sleep(0.05 * generation)
