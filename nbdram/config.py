@@ -84,11 +84,14 @@ class ExportSettings:
     rules: Rules = OPEN
 
     @classmethod
-    def parse(cls, text: str) -> "ExportSettings":
-        """From NAME=MAXSIZE[,ro][,density][,RULE=VALUE]...[,description=TEXT]; the text runs to the end."""
+    def parse(cls, text: str, before: str = "--export ") -> "ExportSettings":
+        """From NAME=MAXSIZE[,ro][,density][,RULE=VALUE]...[,description=TEXT]; the text runs to the end.
+
+        `before`: what was typed before it, for complaints.
+        """
         name, equals, rest = text.partition("=")
         if not equals or not name:
-            raise UsageError(f"--export {text!r}: write NAME=MAXSIZE, as in scratch=16G")
+            raise UsageError(f"{before}{text!r}: write NAME=MAXSIZE, as in scratch=16G")
         size_text, _, options = rest.partition(",")
         flags: set[str] = set()
         rules: dict[str, Any] = {}
@@ -107,7 +110,7 @@ class ExportSettings:
                     flags.add(option)
             access = Rules.parse(rules)
         except UsageError as error:
-            raise UsageError(f"--export {text!r}: {error}") from None
+            raise UsageError(f"{before}{text!r}: {error}") from None
         description = check_description(description)
         return cls(check_name(name), size, "ro" in flags, description, "density" in flags, access)
 

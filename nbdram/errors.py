@@ -20,7 +20,7 @@ class NoSuchExport(NbdramError):
     """No export has this name."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"there is no export called {name!r}")
+        super().__init__(f"there is no export called {name!r}: `nbdram exports` shows those that are there")
 
 
 class Conflict(NbdramError):

@@ -22,7 +22,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def run(arguments: argparse.Namespace) -> int:
-    wanted = ExportSettings.parse(arguments.export)
+    wanted = ExportSettings.parse(arguments.export, before="")
     fields = {
         "name": wanted.name,
         "size": wanted.size,

@@ -4,6 +4,7 @@ import argparse
 import grp
 import os
 import pwd
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,7 +112,7 @@ def _wanted(arguments: argparse.Namespace) -> "Wanted":
 
 
 def _memory(text: str | None) -> int:
-    from nbdram.memory.available import default_budget
+    from nbdram.memory.available import default_budget, most_memory
 
     try:
         memory = parse_size(text) if text else default_budget()
@@ -119,7 +120,11 @@ def _memory(text: str | None) -> int:
         raise UsageError(f"--memory {error}") from None
     if memory < MIN_MEMORY:
         raise UsageError(f"--memory must be at least {format_size(MIN_MEMORY)}: the server itself needs half of it")
-    return memory
+    most, why = most_memory()
+    if memory > most:
+        told = f"--memory {format_size(memory)} is more than {why}: using {format_size(most)}"
+        print(f"nbdram: {told}", file=sys.stderr)
+    return min(memory, most)
 
 
 def _id(text: str | None, what: str, look_up: Callable[[str], int]) -> int | None:

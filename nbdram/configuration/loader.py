@@ -30,7 +30,7 @@ from nbdram.config_remote import PASSWORD_VARIABLE, USER_VARIABLE, parse_swap
 from nbdram.configuration.document import Document, Keys
 from nbdram.configuration.keys import EXPORT_FLAG, EXPORT_KEYS, KEYS, RULE_NAMES, Key
 from nbdram.errors import NbdramError, UsageError
-from nbdram.memory.available import cgroup_limits, default_budget
+from nbdram.memory.available import default_budget, most_memory
 
 log = logging.getLogger("nbdram")
 
@@ -280,15 +280,13 @@ class _Loader:
 
 
 def _budget(asked: int | None) -> int:
-    """The budget asked for, or the default; never more than a control group allows."""
+    """The budget asked for, or the default; never more than the machine has, or a control group allows."""
     if asked is None:
         return default_budget()
-    allowed = min(cgroup_limits(), default=asked)
-    if asked > allowed:
-        log.warning(
-            "--memory %s is more than the control group allows: using %s", format_size(asked), format_size(allowed)
-        )
-    return min(asked, allowed)
+    most, why = most_memory()
+    if asked > most:
+        log.warning("--memory %s is more than %s: using %s", format_size(asked), why, format_size(most))
+    return min(asked, most)
 
 
 def _file_place(document: Document, keys: Keys, key: Key | None = None) -> Place:

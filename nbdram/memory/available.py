@@ -7,7 +7,13 @@ _NO_LIMIT = 1 << 60  # cgroup v1 writes "no limit" as a number about this large
 
 def default_budget(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     """Half of the smallest of MemAvailable and the limits of all control groups above us, in bytes."""
-    return min([_mem_available(proc), *cgroup_limits(proc, cgroups)]) // 2
+    return min([_meminfo(proc, "MemAvailable"), *cgroup_limits(proc, cgroups)]) // 2
+
+
+def most_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> tuple[int, str]:
+    """The most that a budget can be, in bytes, and the words for what allows no more."""
+    machine = _meminfo(proc, "MemTotal"), "this machine has"
+    return min([machine, *((limit, "the control group allows") for limit in cgroup_limits(proc, cgroups))])
 
 
 def cgroup_limits(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> list[int]:
@@ -37,8 +43,8 @@ def _number(path: Path) -> int | None:
         return None
 
 
-def _mem_available(proc: Path) -> int:
+def _meminfo(proc: Path, name: str) -> int:
     for line in (proc / "meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo has no MemAvailable")
+    raise OSError(f"/proc/meminfo has no {name}")

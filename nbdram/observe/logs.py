@@ -44,7 +44,7 @@ EVENTS: Final[dict[str, tuple[str, ...]]] = {
     "%s: cold data can be stored again": ("remote_recovered", "remote"),
     "%s: not all data could be removed; nbdram gc-remote does the rest": ("remote_leftovers", "remote"),
     "%s: an unexpected error": ("remote_crashed", "node"),
-    "--memory %s is more than the control group allows: using %s": ("memory_limited", "asked", "used"),
+    "--memory %s is more than %s: using %s": ("memory_limited", "asked", "limit", "used"),
     "--memory auto: this kernel does not tell memory pressure; the budget stays as it is": ("pressure_unknown",),
     "took up %d exports in %.3f s": ("state_taken_up", "exports", "seconds"),
     "%s: took up %s resident, %s compressed": ("export_taken_up", "export", "resident", "compressed"),

@@ -174,5 +174,7 @@ def _reply(option: Option, *, errors_too: bool = False) -> Steps[tuple[int, byte
     data = (yield length) if length else b""
     if kind >= OptionReply.ERR_UNSUP and not errors_too:
         text = data.decode("utf-8", "replace") or "without a reason"
+        if kind == OptionReply.ERR_UNKNOWN:
+            text += "; `nbdram list`, with the same URI, shows those that are there"
         raise NbdramError(f"the server refused: {text}")
     return kind, data

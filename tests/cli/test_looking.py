@@ -153,12 +153,29 @@ def test_a_mistake_gets_one_sentence(
     assert told in line
 
 
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("b=foo", "nbdram: 'b=foo': 'foo' is not a size: write a whole number and K, M, G or T, as in 16G\n"),
+        ("b", "nbdram: 'b': write NAME=MAXSIZE, as in scratch=16G\n"),
+    ],
+)
+def test_what_is_to_be_created_is_blamed_as_it_was_typed(
+    capsys: pytest.CaptureFixture[str], typed: str, told: str
+) -> None:
+    assert main(["create", typed]) == 2
+    assert capsys.readouterr().err == told
+
+
 @pytest.mark.parametrize("command", ["info", "map"])
 async def test_an_export_that_is_not_there_is_told_so(tmp_path: Path, command: str) -> None:
     async with two_exports(tmp_path) as here:
         ended = await run(command, f"nbd+unix:///nobody?socket={here.path}")
         assert ended.code == 1
-        assert "no export of this name" in ended.errors
+        assert ended.errors == (
+            "nbdram: the server refused: there is no export of this name; "
+            "`nbdram list`, with the same URI, shows those that are there\n"
+        )
 
 
 async def test_stats_of_nobody_say_how_to_find_a_server(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from nbdram.cli import main
-from nbdram.config import parse_nbd_uri
-from nbdram.memory.available import cgroup_limits
+from nbdram.config import format_size, parse_nbd_uri
+from nbdram.memory.available import most_memory
 from tests.helpers import CLUSTER, GIB, MIB, PAGE, TIB, Finished, command_line, dial, run, running, u32
 
 SOMEWHERE = ("--metrics", "off", "--memory", "64M")
@@ -224,15 +224,14 @@ async def test_too_many_open_files_at_the_start_are_told_so(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-async def test_more_memory_than_the_control_group_allows_is_cut_to_that(tmp_path: Path) -> None:
-    limits = cgroup_limits()
+async def test_more_memory_than_there_is_is_cut_to_that(tmp_path: Path) -> None:
+    most, why = most_memory()
     async with running(tmp_path, "--memory", "1000T") as here:
         told = await run("stats", "--json", "--control", str(tmp_path / "control"))
-        expected = min(limits, default=1000 * TIB)
-        assert f'"limit": {expected // PAGE * PAGE}' in told.output
+        assert f'"limit": {most // PAGE * PAGE}' in told.output
         here.process.terminate()
         warned = (await here.ended()).errors
-    assert ("more than the control group allows" in warned) == bool(limits)
+    assert f"--memory 1000 TiB is more than {why}: using {format_size(most)}" in warned
 
 
 # -- what it allows ----------------------------------------------------------------------------------

@@ -10,12 +10,16 @@ from pathlib import Path
 import pytest
 
 from nbdram import cli
+from nbdram.cli import mount as cli_mount
 from nbdram.cli import mount_helper
 from nbdram.client import attachment, filesystems, mount_notes, mountinfo, mounting
 from nbdram.client.mount_notes import MountNote, Place, name_for, note_of
 from nbdram.client.mountinfo import Mounted, users_of
 from nbdram.client.undoing import all_or_nothing, run, uninterrupted
+from nbdram.config import format_size
 from nbdram.errors import NbdramError
+from nbdram.memory.available import most_memory
+from tests.helpers import MIB
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +82,13 @@ def test_a_mistake_gets_one_sentence_and_nothing_is_begun(
     assert code == 2
     assert sentence in said
     assert not runtime.exists()
+
+
+def test_more_memory_than_there_is_is_cut_to_that(capsys: pytest.CaptureFixture[str]) -> None:
+    most, why = most_memory()
+    assert cli_mount._memory("1000T") == most
+    assert capsys.readouterr().err == f"nbdram: --memory 1000 TiB is more than {why}: using {format_size(most)}\n"
+    assert (cli_mount._memory("64M"), capsys.readouterr().err) == (64 * MIB, "")
 
 
 def test_a_kernel_without_the_module_is_told_apart(

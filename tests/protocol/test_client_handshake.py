@@ -155,7 +155,7 @@ def test_abort_ends_the_handshake() -> None:
 def test_the_reason_of_a_refusal_is_told(steps: Callable[[str], Steps[object]]) -> None:
     server, _ = our_server()
     server.run(ours.agree_on_replies([ReplyMode.STRUCTURED]))
-    with pytest.raises(NbdramError, match="refused: there is no export of this name"):
+    with pytest.raises(NbdramError, match="no export of this name; `nbdram list`, with the same URI,"):
         server.run(steps("nobody"))
 
 

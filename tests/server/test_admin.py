@@ -241,7 +241,8 @@ async def test_the_commands_say_what_they_did(shm: Path) -> None:
         assert (listed["networks"], listed["users"], listed["iops"]) == (["10.0.0.0/8"], [0], 5)
         assert (await run("rm", "y", *at)).code == 0
         gone = await run("rm", "x", *at)
-        assert (gone.code, gone.errors) == (1, "nbdram: there is no export called 'x'\n")
+        told = "nbdram: there is no export called 'x': `nbdram exports` shows those that are there\n"
+        assert (gone.code, gone.errors) == (1, told)
     assert "1 export, all whole" in (await run("check", str(shm / "state"))).output
     assert (await run("rm", f"{shm}/state")).output == f"removed {shm}/state with 1 export\n"
     assert not (shm / "state").exists()
