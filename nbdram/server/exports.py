@@ -133,6 +133,7 @@ class Exports:
         state = self._state
         assert state
         for stored in state.manifest.devices.values():
+            rules = Rules.parse(stored.rules)
             opener = state.opener(stored.identity)
             device = Device(stored.name, stored.size, self.budget, _codec(stored.dense), opener)
             self._by_name[stored.name] = Export(
@@ -142,7 +143,7 @@ class Exports:
                 read_only=stored.read_only,
                 description=stored.description,
                 dense=stored.dense,
-                rules=Rules.parse(stored.rules),
+                rules=rules,
             )
             recount(device, str(state.file(stored.identity, "index")))
         self._match_swap(state)

@@ -28,6 +28,13 @@ SIZE = 64 * MIB
 PAGES = 10_000
 
 
+@pytest.fixture(autouse=True)
+def _no_file_stays_open() -> Iterator[None]:
+    before = os.listdir("/proc/self/fd")
+    yield
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
 @pytest.fixture
 def path(shm: Path) -> Path:
     return shm / "state"
@@ -54,10 +61,12 @@ def taken_up(path: Path, budget_pages: int = PAGES) -> Iterator[Device]:
     state = StateDirectory(path, make=False)
     (stored,) = state.manifest.devices.values()
     device = Device(stored.name, stored.size, Budget(budget_pages * PAGE), None, state.opener(stored.identity))
-    recount(device, "index")
-    punch_stray_pages(device)
-    yield device
-    leave(state, device)
+    try:
+        recount(device, "index")
+        punch_stray_pages(device)
+        yield device
+    finally:
+        leave(state, device)
 
 
 def counts(device: Device) -> tuple[int, ...]:
