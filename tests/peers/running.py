@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 import pytest
 
-from nbdram.memory.reclaim import anonymous_bytes
+from bench.proc import private_bytes
 
 PAGE = 4096
 TIMEOUT_S = 180
@@ -124,9 +124,7 @@ class Server:
 
     def private_bytes(self) -> int:
         """What the process, and the one that compresses for it, take beside the memory files: RssAnon."""
-        server = self.process.pid
-        children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
-        return sum(map(anonymous_bytes, (server, *map(int, children))))
+        return private_bytes(self.process.pid)
 
     def script(self, text: str, export: str = "disk", uri: str = "") -> str:
         """Run lines of Python with libnbd; what they find in scope is in debian/prelude.py."""
