@@ -1,7 +1,8 @@
 """Ask the keeper for something, and start it if there is none. Imports little: every command goes this way.
 
 Who asks holds the *door*, a lock that many can share; a keeper that has nothing left to keep ends only while it has
-the door for itself. So none ends between our finding it and its answer.
+the door for itself. So none ends between our finding it and its answer. It takes the files with it that a keeper has
+while it runs; who waited for one of them notices, and takes the new one.
 """
 
 import fcntl
@@ -28,7 +29,7 @@ _ROOTS: Final = "the keeper's socket is root's: run it as root, or with sudo"
 
 def ask(directory: Path, what: str, **details: Any) -> dict[str, Any]:
     """The keeper's answer; a keeper is started if there is none. NbdramError with what it says is wrong."""
-    with _door(directory):
+    with _door(directory, os.O_CREAT):
         sock = _connect(directory)
         if sock is None:
             _start(directory)
@@ -38,22 +39,38 @@ def ask(directory: Path, what: str, **details: Any) -> dict[str, Any]:
 
 def ask_if_running(directory: Path, what: str, **details: Any) -> dict[str, Any] | None:
     """The same, but None if there is no keeper."""
-    if not directory.exists():
+    try:
+        with _door(directory):
+            sock = _connect(directory)
+            return _converse(sock, {"do": what, **details}) if sock else None
+    except FileNotFoundError:
         return None
-    with _door(directory):
-        sock = _connect(directory)
-        return _converse(sock, {"do": what, **details}) if sock else None
+
+
+def lock_file(path: Path, how: int, create: int = os.O_CREAT) -> int:
+    """Open a file and lock it, BlockingIOError if `how` says not to wait. It is none that was removed meanwhile."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | create, 0o600)
+        try:
+            fcntl.flock(descriptor, how)
+            if os.fstat(descriptor).st_nlink:
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
 
 
 @contextmanager
-def _door(directory: Path) -> Iterator[None]:
+def _door(directory: Path, create: int = 0) -> Iterator[None]:
+    """FileNotFoundError if there is none, and none is to be made."""
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(directory / DOOR_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if create:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = lock_file(directory / DOOR_NAME, fcntl.LOCK_SH, create)
     except PermissionError:
         raise NbdramError(_ROOTS) from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
         yield
     finally:
         os.close(descriptor)

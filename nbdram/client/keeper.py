@@ -1,7 +1,8 @@
 """The keeper: one process on a host that keeps all its devices attached, and a socket to ask it for things.
 
 A question is one line of JSON, {"do": "attach", ...}, and so is the answer, {"error": "..."} if there is one. A lock
-makes sure that there is one keeper; a new one goes on with the devices of one that was killed.
+makes sure that there is one keeper; a new one goes on with the devices of one that was killed. When a keeper ends, it
+removes its socket, its door (see `ask_keeper`) and at last its lock; its log stays, for those who want to know.
 """
 
 import fcntl
@@ -10,13 +11,14 @@ import logging
 import os
 import socketserver
 import threading
+import time
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
 
 from nbdram.client import sysfs
-from nbdram.client.ask_keeper import DOOR_NAME, SOCKET_NAME
+from nbdram.client.ask_keeper import DOOR_NAME, SOCKET_NAME, lock_file
 from nbdram.client.attachment import Attachment, Notes
 from nbdram.client.kept import KeptDevice
 from nbdram.client.mount_watch import MountWatch
@@ -26,6 +28,7 @@ log = logging.getLogger("nbdram.keeper")
 
 _LOCK_NAME: Final = "keeper.lock"
 _LINGER_S: Final = 2.0
+_PATIENCE_S: Final = 3.0  # with a keeper that is about to end
 _REQUEST_TIMEOUT_S: Final = 5.0
 _THREAD_STACK_BYTES: Final = 512 << 10  # all of it is locked in memory
 
@@ -38,6 +41,7 @@ class Keeper:
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._directory = directory
         self._lock_file = _lock(directory / _LOCK_NAME)
         self._door = os.open(directory / DOOR_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self.notes = Notes(directory)
@@ -56,7 +60,7 @@ class Keeper:
             threading.Thread(target=self._stop_when_idle, daemon=True).start()
         self._listener.serve_forever(poll_interval=0.2)
         self._listener.server_close()
-        os.close(self._lock_file)
+        self._clear_up()
 
     def stop(self) -> None:
         """May be called from any thread, or from a signal's handler."""
@@ -117,6 +121,15 @@ class Keeper:
         log.info("nothing left to keep")
         self._listener.shutdown()
 
+    def _clear_up(self) -> None:
+        """Remove the files of this process; who has the lock owns them, so it goes last."""
+        (self._directory / SOCKET_NAME).unlink(missing_ok=True)
+        if self._shut_door():
+            (self._directory / DOOR_NAME).unlink(missing_ok=True)
+        (self._directory / _LOCK_NAME).unlink(missing_ok=True)
+        os.close(self._door)
+        os.close(self._lock_file)
+
     def _shut_door(self) -> bool:
         """Until this process is gone nobody comes in to ask; False if somebody is in."""
         try:
@@ -156,10 +169,11 @@ class _Handler(socketserver.StreamRequestHandler):
 
 
 def _lock(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise NbdramError(f"there is a keeper already, for {path.parent}") from None
-    return descriptor
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return lock_file(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise NbdramError(f"there is a keeper already, for {path.parent}") from None
+        time.sleep(0.01)
