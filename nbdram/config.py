@@ -146,6 +146,8 @@ class SwapSettings:
         path, comma, option = rest.rpartition(",max=")
         if not comma:
             path, option = rest, ""
+        if unknown := re.search(r",(\w+)=", path):  # rather an option than part of a path
+            raise UsageError(f"--swap {text!r}: there is no option {unknown[1]!r}; known is max=SIZE")
         if kind != "disk" or not path:
             raise UsageError(f"--swap {text!r}: write disk:PATH or disk:PATH,max=SIZE, or redis://HOST:PORT,...")
         try:
@@ -334,7 +336,7 @@ def default_listen() -> tuple[Endpoint, ...]:
 class ServeSettings:
     """All of `nbdram serve`. `memory` is the budget in bytes.
 
-    `exports` may be empty: then the one export by default is made, unless the state directory was there before.
+    `exports` may be empty: then the one export by default is made, unless the state directory has some.
     """
 
     exports: tuple[ExportSettings, ...]

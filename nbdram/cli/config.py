@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from pathlib import Path
 
 from nbdram.cli.serve import add_file
 from nbdram.config import format_size
@@ -14,11 +15,12 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     check = actions.add_parser("check", help="tell all mistakes in a file and in NBDRAM_* variables")
     add_file(check)
+    check.add_argument("file", metavar="FILE", nargs="?", type=Path, help="the same as -c FILE")
     check.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    file = find_file(arguments.config, os.environ)
+    file = find_file(arguments.config or arguments.file, os.environ)
     if file is None and not any(name.startswith("NBDRAM_") for name in os.environ):
         raise UsageError(f"there is nothing to check: {DEFAULT_FILE} does not exist; name another file with -c FILE")
     settings = load(file, os.environ, {})

@@ -5,6 +5,7 @@ from typing import Final
 
 from nbdram.cli.exports import add_control
 from nbdram.config import ExportSettings, format_size
+from nbdram.errors import UsageError
 from nbdram.observe.control import ask
 
 OPTIONS: Final = (
@@ -17,11 +18,14 @@ OPTIONS: Final = (
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser("create", help="add an export to a running server")
     parser.add_argument("export", metavar="NAME=MAXSIZE[,OPTION]...", help=f"as in scratch=16G; options: {OPTIONS}")
+    parser.add_argument("more", nargs="*", help=argparse.SUPPRESS)
     add_control(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.more:
+        raise UsageError(f"write it in one word, as in {arguments.export}={arguments.more[0]}")
     wanted = ExportSettings.parse(arguments.export, before="")
     fields = {
         "name": wanted.name,

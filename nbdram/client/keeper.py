@@ -27,6 +27,7 @@ from nbdram.errors import NbdramError
 log = logging.getLogger("nbdram.keeper")
 
 _LOCK_NAME: Final = "keeper.lock"
+_LONGEST_PATH: Final = 107  # of a Unix socket
 _LINGER_S: Final = 2.0
 _PATIENCE_S: Final = 3.0  # with a keeper that is about to end
 _REQUEST_TIMEOUT_S: Final = 5.0
@@ -40,6 +41,8 @@ class Keeper:
     """
 
     def __init__(self, directory: Path) -> None:
+        if len(os.fsencode(directory / SOCKET_NAME)) > _LONGEST_PATH:
+            raise NbdramError(f"{directory} is too long a path for a keeper's socket: name another --directory")
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._directory = directory
         self._lock_file = _lock(directory / _LOCK_NAME)

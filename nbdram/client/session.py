@@ -18,6 +18,7 @@ from nbdram.protocol.wire import Command, ReplyType
 _TIMEOUT_S = 10.0
 _STATUS_STEP_BYTES = 1 << 31
 _MAX_CHUNK_BYTES = 64 << 20
+_NAME_IT = "tls-certificates=DIR into the options of the URI"
 _BROKEN = "the server's answer breaks the NBD protocol"
 
 
@@ -28,15 +29,20 @@ class Session:
         self.mode = ReplyMode.SIMPLE
         self.contexts: dict[int, str] = {}
         self._cookie = 0
+        self._hung_up = "the server hung up"
         try:
             self._socket = _dial(endpoint)
         except OSError as error:
-            raise NbdramError(f"can't reach {endpoint}: {error.strerror or error}; is a server there?") from error
+            denied = endpoint.path and isinstance(error, PermissionError)
+            advice = "it is its owner's, so use sudo, or be that user" if denied else "is a server there?"
+            raise NbdramError(f"can't reach {endpoint}: {error.strerror or error}; {advice}") from error
         try:
             self.run(ours.greet())
             if endpoint.tls:
                 self.run(ours.starttls())
                 self._socket = _wrap(self._socket, endpoint.tls)
+                if not _has_certificate(endpoint.tls):  # servers may hang up on those without one and not say a word
+                    self._hung_up += f": if it asks for a certificate, {_what_to_show(endpoint.tls)}"
         except BaseException:
             self._socket.close()
             raise
@@ -144,36 +150,39 @@ class Session:
             done = bool(flags & wire.REPLY_FLAG_DONE)
 
     def _send(self, data: bytes) -> None:
-        with _telling_errors():
+        with _telling_errors(self._hung_up):
             self._socket.sendall(data)
 
     def _receive(self, length: int) -> bytes:
         pieces = bytearray()
-        with _telling_errors():
+        with _telling_errors(self._hung_up):
             while len(pieces) < length:
                 piece = self._socket.recv(length - len(pieces))
                 if not piece:
-                    raise NbdramError("the server hung up")
+                    raise NbdramError(self._hung_up)
                 pieces += piece
         return bytes(pieces)
 
 
 @contextmanager
-def _telling_errors() -> Iterator[None]:
+def _telling_errors(hung_up: str) -> Iterator[None]:
     """A socket's errors as sentences."""
     try:
         yield
     except TimeoutError as error:
         raise NbdramError(f"the server has not answered for {_TIMEOUT_S:.0f} s: is it one of NBD?") from error
     except OSError as error:
-        raise NbdramError(f"the server hung up: {error.strerror or error}") from error
+        raise NbdramError(f"{hung_up} ({error.strerror or error})") from error
 
 
 def _wrap(sock: socket.socket, tls: ClientTls) -> socket.socket:
     try:
         return _tls_context(tls).wrap_socket(sock, server_hostname=tls.hostname)
     except ssl.SSLCertVerificationError as error:
-        raise NbdramError(f"the server's certificate can't be trusted: {error.verify_message}") from error
+        told = error.verify_message.rstrip(".")
+        if not tls.certificates:
+            told += f"; put that of its authority into DIR/ca-cert.pem, and {_NAME_IT}"
+        raise NbdramError(f"the server's certificate can't be trusted: {told}") from error
     except OSError as error:
         raise NbdramError(f"TLS with the server failed: {error.strerror or error}") from error
 
@@ -183,11 +192,20 @@ def _tls_context(tls: ClientTls) -> ssl.SSLContext:
     files = tls.certificates
     try:
         context = ssl.create_default_context(cafile=files / "ca-cert.pem" if files else None)
-        if files and (files / "client-cert.pem").exists():
+        if files and _has_certificate(tls):
             context.load_cert_chain(files / "client-cert.pem", files / "client-key.pem")
     except OSError as error:  # also what OpenSSL says of them
         raise NbdramError(f"can't use the certificates in {files}: {error.strerror or error}") from error
     return context
+
+
+def _has_certificate(tls: ClientTls) -> bool:
+    return tls.certificates is not None and (tls.certificates / "client-cert.pem").exists()
+
+
+def _what_to_show(tls: ClientTls) -> str:
+    told = f"put yours into {tls.certificates or 'DIR'}/client-cert.pem and client-key.pem"
+    return told if tls.certificates else f"{told}, and {_NAME_IT}"
 
 
 def read_identity(endpoint: Endpoint, name: str) -> str:

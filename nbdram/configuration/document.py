@@ -9,6 +9,7 @@ from nbdram.errors import UsageError
 
 Keys = tuple[str, ...]
 
+_UNQUOTED = ("Expected newline", "Invalid value")
 _PLACE = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
 
 
@@ -22,7 +23,10 @@ class Document:
         except tomllib.TOMLDecodeError as error:
             reason, place = str(error), _PLACE.search(str(error))
             line = int(place[1]) if place and place[1] else max(1, len(text.splitlines()))
-            raise UsageError(f"{path}:{line}: {_PLACE.sub('', reason)}") from None
+            reason = _PLACE.sub("", reason)
+            if reason.startswith(_UNQUOTED):
+                reason += ': text stands in quotes, sizes like "16G" too'
+            raise UsageError(f"{path}:{line}: {reason}") from None
         self._lines = _lines(text)
 
     @classmethod

@@ -177,7 +177,8 @@ class _Loader:
                 continue
             key = known.get(name)
             if key is None:
-                self._mistakes.append(f"{name}: there is no such variable{_suggestion(name, list(known))}")
+                near = _suggestion(name.removeprefix("NBDRAM_"), [other.removeprefix("NBDRAM_") for other in known])
+                self._mistakes.append(f"{name}: there is no such variable{near.replace('mean ', 'mean NBDRAM_')}")
             elif value:
                 self._take(key, value.split() if key.many else value, _variable_place(key))
 
@@ -266,10 +267,7 @@ class _Loader:
         client_ca = self._values.get("tls.client_ca")
         if certificate and key:
             tls = TlsSettings(certificate, key, client_ca, self._values.get("tls.mode", "require") == "require")
-            with self._noting(self._place_of("tls.certificate")):
-                from nbdram.server.tls import load as load_certificates  # costs time, and few need it
-
-                load_certificates(tls)
+            self._check_tls(tls)
             return tls
         for name in ("tls.certificate", "tls.key", "tls.client_ca", "tls.mode"):
             if name in self._values and self._values[name] != "allow":
@@ -277,6 +275,22 @@ class _Loader:
                 self._mistakes.append(self._place_of(name)(told))
                 break
         return None
+
+    def _check_tls(self, tls: TlsSettings) -> None:
+        from nbdram.server.tls import authorities, load, own_certificate, private_key  # costs time, and few need it
+
+        before = len(self._mistakes)
+        for name, path, read in (
+            ("tls.certificate", tls.certificate, own_certificate),
+            ("tls.key", tls.key, private_key),
+            ("tls.client_ca", tls.client_ca, authorities),
+        ):
+            if path:
+                with self._noting(self._place_of(name)):
+                    read(path)
+        if len(self._mistakes) == before:
+            with self._noting(self._place_of("tls.certificate")):
+                load(tls)
 
 
 def _budget(asked: int | None) -> int:

@@ -123,7 +123,7 @@ def _checksum(body: dict[str, Any]) -> str:
 
 
 class StateDirectory:
-    """An open, locked state directory. `is_new`: it was made just now."""
+    """An open, locked state directory."""
 
     def __init__(self, path: Path, *, make: bool = True) -> None:
         """Open it, or make it; with `make` false it must exist. NbdramError if it can't be used."""
@@ -135,9 +135,9 @@ class StateDirectory:
         self._fd = _or_complain(path, lambda: os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         try:
             lock_patiently(self._fd, f"{path} is in use by another server: stop it or choose another directory")
-            self.manifest, self.is_new = self._read(make)
+            self.manifest, is_new = self._read(make)
             self._check_files()
-            if self.is_new:
+            if is_new:
                 self.save()
         except BaseException:
             os.close(self._fd)

@@ -37,6 +37,7 @@ log = logging.getLogger("nbdram.control")
 Facts = Callable[[], dict[str, Any]]
 
 _TIMEOUT_S: Final = 20.0
+_ROOTS: Final = Path("/run/nbdram.control")
 _MAX_BODY_BYTES: Final = 64 * 1024
 
 
@@ -175,9 +176,13 @@ def ask(path: Path, what: str, method: str = "GET", body: dict[str, Any] | None 
         connection.request(method, f"/v1/{what}", None if body is None else json.dumps(body))
         response = connection.getresponse()
         answer: dict[str, Any] = json.loads(response.read())
+    except PermissionError as error:
+        raise NbdramError(f"the server at {path} answers its owner only: use sudo, or be that user") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise NbdramError(f"no server answers at {path} ({reason}): is it running, with --control {path}?") from error
+        theirs = path == default_path() != _ROOTS and _ROOTS.exists()
+        advice = f"for the one at {_ROOTS}, use sudo" if theirs else f"is it running, with --control {path}?"
+        raise NbdramError(f"no server answers at {path} ({reason}): {advice}") from error
     finally:
         connection.close()
     if response.status == 400:

@@ -176,5 +176,7 @@ def _reply(option: Option, *, errors_too: bool = False) -> Steps[tuple[int, byte
         text = data.decode("utf-8", "replace") or "without a reason"
         if kind == OptionReply.ERR_UNKNOWN:
             text += "; `nbdram list`, with the same URI, shows those that are there"
+        elif kind == OptionReply.ERR_TLS_REQD:
+            text += "; write nbds:// in place of nbd://"
         raise NbdramError(f"the server refused: {text}")
     return kind, data

@@ -36,7 +36,7 @@ def _inherited() -> list[socket.socket]:
     """Sockets handed over by a service manager (sd_listen_fds)."""
     count = os.environ.get("LISTEN_FDS", "")
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or not count.isdigit() or count == "0":
-        raise NbdramError("--listen fd: no socket was handed over (LISTEN_FDS, LISTEN_PID)")
+        raise NbdramError("--listen fd: no socket was handed over (LISTEN_FDS, LISTEN_PID), as service managers do")
     try:
         fds = range(_FIRST_INHERITED_FD, _FIRST_INHERITED_FD + int(count))
         return [socket.socket(fileno=fd) for fd in fds]

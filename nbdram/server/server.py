@@ -171,7 +171,7 @@ class Server:
         self.limit_memory(self.settings.memory)
 
     def _wanted_exports(self) -> tuple[ExportSettings, ...]:
-        if self.settings.exports or (self.state and not self.state.is_new):
+        if self.settings.exports or len(self.exports):
             return self.settings.exports
         return (ExportSettings(DEFAULT_EXPORT_NAME, DEFAULT_EXPORT_SIZE),)
 

@@ -58,10 +58,9 @@ def load(settings: TlsSettings) -> Credentials:
     from cryptography.hazmat.primitives.hashes import SHA256
 
     certificate, key_path = settings.certificate, settings.key
-    chain = _certificates(certificate)
-    key = _private_key(key_path)
-    _check_dates(chain[0], certificate)
-    if key.public_key() != chain[0].public_key():
+    ours = own_certificate(certificate)
+    key = private_key(key_path)
+    if key.public_key() != ours.public_key():
         raise NbdramError(
             f"the key in {key_path} is not that of the certificate in {certificate}: give the two that match"
         )
@@ -72,13 +71,12 @@ def load(settings: TlsSettings) -> Credentials:
     try:
         context.load_cert_chain(certificate, key_path)
         if settings.client_ca:
-            for authority in _certificates(settings.client_ca):
-                _check_dates(authority, settings.client_ca)
+            authorities(settings.client_ca)
             context.load_verify_locations(settings.client_ca)
             context.verify_mode = ssl.CERT_REQUIRED
     except (ssl.SSLError, OSError) as error:
         raise NbdramError(f"{certificate} can't be used for TLS: {error.strerror or error}") from error
-    return Credentials(context, chain[0].not_valid_after_utc.timestamp(), chain[0].fingerprint(SHA256()))
+    return Credentials(context, ours.not_valid_after_utc.timestamp(), ours.fingerprint(SHA256()))
 
 
 def _read(path: Path) -> bytes:
@@ -86,6 +84,21 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise NbdramError(f"can't read {path}: {error.strerror}") from error
+
+
+def own_certificate(path: Path) -> "x509.Certificate":
+    """The first in a file; those behind it are for clients to judge."""
+    first = _certificates(path)[0]
+    _check_dates(first, path)
+    return first
+
+
+def authorities(path: Path) -> "list[x509.Certificate]":
+    """All in a file."""
+    found = _certificates(path)
+    for authority in found:
+        _check_dates(authority, path)
+    return found
 
 
 def _certificates(path: Path) -> "list[x509.Certificate]":
@@ -97,7 +110,7 @@ def _certificates(path: Path) -> "list[x509.Certificate]":
         raise NbdramError(f"{path} holds no certificate in PEM form") from error
 
 
-def _private_key(path: Path) -> Any:
+def private_key(path: Path) -> Any:
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     try:
@@ -112,7 +125,7 @@ def _check_dates(certificate: "x509.Certificate", path: Path) -> None:
     now = datetime.now(UTC)
     if certificate.not_valid_after_utc < now:
         raise NbdramError(
-            f"the certificate in {path} has expired on {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
+            f"the certificate in {path} has expired on {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC: renew it"
         )
     if certificate.not_valid_before_utc > now:
         begins = certificate.not_valid_before_utc

@@ -156,6 +156,7 @@ def test_a_mistake_gets_one_sentence(
 @pytest.mark.parametrize(
     ("typed", "told"),
     [
+        ("b 5G", "nbdram: write it in one word, as in b=5G\n"),
         ("b=foo", "nbdram: 'b=foo': 'foo' is not a size: write a whole number and K, M, G or T, as in 16G\n"),
         ("b", "nbdram: 'b': write NAME=MAXSIZE, as in scratch=16G\n"),
     ],
@@ -163,7 +164,7 @@ def test_a_mistake_gets_one_sentence(
 def test_what_is_to_be_created_is_blamed_as_it_was_typed(
     capsys: pytest.CaptureFixture[str], typed: str, told: str
 ) -> None:
-    assert main(["create", typed]) == 2
+    assert main(["create", *typed.split()]) == 2
     assert capsys.readouterr().err == told
 
 

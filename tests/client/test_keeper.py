@@ -15,6 +15,8 @@ import pytest
 
 from nbdram.client import ask_keeper
 from nbdram.client.ask_keeper import DOOR_NAME, LOG_NAME, ask, ask_if_running, lock_file
+from nbdram.client.keeper import Keeper
+from nbdram.errors import NbdramError
 from tests.helpers import PATIENCE_S, command_line
 
 # A keeper that ends as soon as nobody asks it anything.
@@ -61,6 +63,13 @@ def gone(directory: Path) -> None:
         assert time.monotonic() < deadline, left
         time.sleep(0.02)
     assert "Traceback" not in (directory / LOG_NAME).read_text()
+
+
+def test_a_directory_of_too_long_a_path_is_told(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 100)
+    with pytest.raises(NbdramError, match="is too long a path for a keeper's socket"):
+        Keeper(path)
+    assert not path.exists()
 
 
 @pytest.fixture

@@ -66,7 +66,12 @@ def test_lines_end_in_any_way(end: str) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("a = 1\nb =\n", "x.toml:2: Invalid value"),
+        ("a = 1\nb =\n", 'x.toml:2: Invalid value: text stands in quotes, sizes like "16G" too'),
+        (
+            "a = 4G\n",
+            "x.toml:1: Expected newline or end of document after a statement: "
+            'text stands in quotes, sizes like "16G" too',
+        ),
         ("a = 1\n[b\n", "x.toml:2: Expected ']' at the end of a table declaration"),
         ('a = """\n\n', "x.toml:2: Unterminated string"),
         ("a = 1\na = 2\n", "x.toml:2: Cannot overwrite a value"),

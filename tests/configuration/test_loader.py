@@ -162,7 +162,9 @@ networks = ["10.0.0.1/8"]
 [exports."b c"]
 readonly = true
 """
-    assert loading.refused(text, {"NBDRAM_MEMROY": "1G", "NBDRAM_SAME_HOST": "so"}, export=["x"]) == [
+    assert loading.refused(
+        text, {"NBDRAM_MEMROY": "1G", "NBDRAM_SAME_HOST": "so", "NBDRAM_TYPO": "1"}, export=["x"]
+    ) == [
         "1: memory: 'lots' is not a size: write a whole number and K, M, G or T, as in 16G",
         "2: listen: '127.0.0.1': write unix:PATH, tcp://HOST:PORT or fd",
         "4: wirte_wait: there is no such key: do you mean write_wait?",
@@ -181,6 +183,7 @@ readonly = true
         '17: exports."b c": its size is missing: write size = "16G"',
         "NBDRAM_MEMROY: there is no such variable: do you mean NBDRAM_MEMORY?",
         "NBDRAM_SAME_HOST: 'so' is neither true nor false",
+        "NBDRAM_TYPO: there is no such variable",
         "--export 'x': write NAME=MAXSIZE, as in scratch=16G",
     ]
 
@@ -199,7 +202,6 @@ readonly = true
         ("[exports.a]\nsize = 4096\ndescription = ''", "3: exports.a.description: '' is not what is expected"),
         ('[tls]\nkey = "/x"', "2: tls.key: TLS takes both a certificate and its key: give both"),
         ('[tls]\nmode = "require"', "2: tls.mode: TLS takes both a certificate and its key: give both"),
-        ('[tls]\ncertificate = "/x"\nkey = "/y"', "2: tls.certificate: can't read /x: No such file or directory"),
         ('swap = ["disk:"]', "1: swap: 'disk:': write disk:PATH or disk:PATH,max=SIZE"),
         ('swap = ["redis://u:p@h"]', "1: swap: 'h': everybody could read the password"),
         ("write_wait = 3601", "1: write_wait: 3601 is not a time of at most 3600 s"),
@@ -211,6 +213,14 @@ readonly = true
 def test_a_mistake_is_told_with_what_was_expected(loading: Loader, text: str, told: str) -> None:
     (mistake,) = loading.refused(text)
     assert mistake.startswith(told)
+
+
+def test_each_file_of_tls_is_told_by_its_own_key(loading: Loader) -> None:
+    assert loading.refused('[tls]\ncertificate = "/x"\nkey = "/y"\nclient_ca = "/z"') == [
+        "2: tls.certificate: can't read /x: No such file or directory",
+        "3: tls.key: can't read /y: No such file or directory",
+        "4: tls.client_ca: can't read /z: No such file or directory",
+    ]
 
 
 def test_a_mistake_in_flags_is_told_with_the_flag(loading: Loader) -> None:

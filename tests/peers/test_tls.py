@@ -132,8 +132,15 @@ def test_our_own_client_goes_through_tls_and_trusts_only_whom_it_should(
         (uri(server, stranger.directory), "the server's certificate can't be trusted: "),
         (disk.replace("127.0.0.1", "localhost") + "&tls-hostname=example.org", "the server's certificate can't be"),
         (uri(server, empty), f"can't use the certificates in {empty}: No such file or directory"),
-        (uri(server, certificates.without_client()), "the server hung up"),
-        (plain, "the server refused: this server requires TLS"),
+        (
+            uri(server, certificates.without_client()),
+            "the server hung up: if it asks for a certificate, put",
+        ),
+        (plain, "the server refused: this server requires TLS; write nbds:// in place of nbd://"),
+        (
+            disk.partition("?")[0],
+            "the server's certificate can't be trusted: self-signed certificate in",
+        ),
     ):
         assert main(["info", wrong]) == 1
         assert capsys.readouterr().err.startswith(f"nbdram: {told}")

@@ -1,10 +1,12 @@
-"""A server that refuses its state directory leaves nothing open behind."""
+"""A server that refuses to start leaves nothing open behind, and a state directory as if it had never tried."""
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
 
+from nbdram.config import Endpoint
 from nbdram.errors import NbdramError
 from nbdram.memory.statedir import MANIFEST, StateDirectory
 from tests.helpers import served
@@ -52,3 +54,13 @@ async def test_a_state_directory_that_is_refused_leaves_no_file_open(
     assert len(os.listdir("/proc/self/fd")) == len(before)
     if holder:
         holder.close()
+
+
+async def test_a_state_directory_without_exports_gets_the_one_by_default_also_at_the_second_start(shm: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        metrics = Endpoint(host="127.0.0.1", port=taken.getsockname()[1])
+        with pytest.raises(NbdramError, match="Address already in use"):
+            async with served(shm, state_dir=shm / "state", exports=(), metrics=metrics, metrics_required=True):
+                pass
+    async with served(shm, state_dir=shm / "state", exports=()) as server:
+        assert [export.name for export in server.server.exports] == ["ram"]
