@@ -43,7 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
         if devices and not wanted:
             print(f"nbdram: there is nothing of {', '.join(map(str, devices))}", file=sys.stderr)
             return 1
-        for holding in wanted or [holding for holding in found if holding.record is None]:
+        leftovers = wanted or [holding for holding in found if holding.record is None]
+        if not leftovers:
+            print("nothing is left over")
+        for holding in leftovers:
             print(f"removed {orphans.remove(holding.identity)} images of {holding.identity}")
     return 0
 

@@ -32,7 +32,11 @@ def main() -> int:
     commands.add_parser("totals")
     commands.add_parser("coverage")
     arguments = parser.parse_args()
+    if arguments.command == "run" and arguments.minutes <= 0:
+        parser.error("--minutes must be above 0")
     if arguments.command == "replay":
+        if missing := [path for path in arguments.files if not path.is_file()]:
+            parser.error(f"there is no file {missing[0]}: findings are in {arguments.directory}/findings")
         return _replay(TARGETS[arguments.target], arguments.files)
     fuzzing = Fuzzing(arguments.directory)
     if arguments.command == "totals":
@@ -77,7 +81,7 @@ def _replay(target: Target, files: Sequence[Path]) -> int:
     one = target.one()
     for path in files:
         one(path.read_bytes())
-    print(f"{len(files)} inputs, and nothing is wrong")
+    print(f"{len(files)} input{'s' * (len(files) != 1)}, and nothing is wrong")
     return 0
 
 

@@ -112,12 +112,14 @@ class Engine:
             except Evicting:
                 raise
             except (exceptions.AuthenticationError, exceptions.NoPermissionError) as error:
-                raise NbdramError(f"{self.settings} does not let us in: {error}") from error
+                told = f"{str(error).rstrip('.')}; name user and password with auth-file=PATH"
+                raise NbdramError(f"{self.settings} does not let us in: {told}") from error
             except (*_Broken, *_Transient) as error:
                 if distrusted := distrust(self.settings, error):
                     raise NbdramError(distrusted) from error
                 if time.monotonic() > deadline:
-                    raise NbdramError(f"can't use {self.settings} for swap: {error}{hint(self.settings)}") from error
+                    told = str(error).rstrip(".")
+                    raise NbdramError(f"can't use {self.settings} for swap: {told}{hint(self.settings)}") from error
                 time.sleep(_REFRESH_S)
         self._each_minute = each_minute
         self._keeper.start()
