@@ -8,7 +8,7 @@ DEMO_PACKAGES := python3-venv user-mode-linux nbd-client e2fsprogs iproute2 kmod
 # What the tests and benchmarks need besides: real clients and peers.
 TEST_PACKAGES := $(DEMO_PACKAGES) libnbd-bin python3-libnbd qemu-utils fio nbdkit prometheus chromium chromium-driver \
 	redis-server podman buildah runc mmdebstrap systemd \
-	xfsprogs btrfs-progs makefs gcc make flex bison bc xz-utils
+	openssl xfsprogs btrfs-progs makefs gcc make flex bison bc xz-utils
 
 # And what compiles the benchmarks' floor.
 BENCH_PACKAGES := $(TEST_PACKAGES) gcc libc6-dev

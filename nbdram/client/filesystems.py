@@ -82,7 +82,14 @@ def make(system: FileSystem, device: Path, *, journal: bool) -> None:
 
 def mount(kind: str, options: str, device: Path, point: Path) -> None:
     """Only with what the kernel can: no helper is called, ours least of all."""
-    _run(["mount", "-i", "-t", kind, "-o", options, str(device), str(point)], "mount")
+    try:
+        _run(["mount", "-i", "-t", kind, "-o", options, str(device), str(point)], "mount")
+    except NbdramError as error:
+        if kind != "ufs":
+            raise
+        raise NbdramError(
+            f"{error}; ufs takes --block-size 512 and -o ufstype=44bsd, or ufs2: see docs/ffs.md"
+        ) from error
 
 
 def mount_tmpfs(point: Path, limit: str) -> None:

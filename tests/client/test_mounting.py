@@ -91,6 +91,13 @@ def test_more_memory_than_there_is_is_cut_to_that(capsys: pytest.CaptureFixture[
     assert (cli_mount._memory("64M"), capsys.readouterr().err) == (64 * MIB, "")
 
 
+def test_who_can_not_mount_ufs_is_told_what_it_takes(point: Path) -> None:
+    with pytest.raises(NbdramError, match=r"mount failed: .*; ufs takes --block-size 512 and -o ufstype=44bsd"):
+        filesystems.mount("ufs", "noatime", Path("/dev/null"), point)
+    with pytest.raises(NbdramError, match=r"mount failed: [^;]*$"):
+        filesystems.mount("ext4", "noatime", Path("/dev/null"), point)
+
+
 def test_a_kernel_without_the_module_is_told_apart(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, point: Path
 ) -> None:

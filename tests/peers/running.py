@@ -31,6 +31,7 @@ PACKAGE_OF = {
     "qemu-io": "qemu-utils",
     "fio": "fio",
     "nbd-client": "nbd-client",
+    "openssl": "openssl",
 }
 
 

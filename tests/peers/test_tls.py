@@ -1,5 +1,7 @@
 """TLS with the clients that people have: libnbd, qemu, and nbd-client as far as it goes without a kernel device."""
 
+import subprocess
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from nbdram.cli import main
 from tests.certificates import Certificates
 
 from .conftest import Serve
-from .running import Server, output, random_bytes, run
+from .running import Server, output, random_bytes, run, tool
 
 NO = 2  # nbdinfo --is: 0 is yes
 
@@ -144,6 +146,21 @@ def test_our_own_client_goes_through_tls_and_trusts_only_whom_it_should(
     ):
         assert main(["info", wrong]) == 1
         assert capsys.readouterr().err.startswith(f"nbdram: {told}")
+
+
+def test_certificates_that_are_made_as_the_manual_says_are_good_for_all(tmp_path: Path, serve: Serve) -> None:
+    tool("openssl")
+    told = (Path(__file__).parents[2] / "docs/security.md").read_text()
+    commands = textwrap.dedent(told[told.index("    openssl req -x509") : told.index("    nbdram serve")])
+    subprocess.run(["sh", "-euc", commands.replace("HOST", "localhost")], cwd=tmp_path, check=True, capture_output=True)
+    ours = ("--tls-cert", tmp_path / "server-cert.pem", "--tls-key", tmp_path / "server-key.pem")
+    server = serve("disk=128M", tcp=True, options=[*map(str, ours), "--tls-client-ca", f"{tmp_path}/ca-cert.pem"])
+    disk = uri(server, tmp_path).replace("127.0.0.1", "localhost")
+    assert output("nbdinfo", "--size", disk) == f"{128 << 20}\n"
+    assert main(["info", disk]) == 0
+    port = disk.rpartition(":")[2].partition("/")[0]
+    image = f"driver=nbd,host=localhost,port={port},export=disk,tls-creds=t"
+    run("qemu-img", "info", "--object", f"tls-creds-x509,id=t,dir={tmp_path},endpoint=client", "--image-opts", image)
 
 
 def test_a_server_without_tls_is_told_from_one_with(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
