@@ -18,8 +18,8 @@ from nbdram.memory.layout import PAGE
 
 # Reclaim works between these shares of the budget that are free; the first is at least so many pages, but for a tiny
 # budget: images that are read, and replies that wait, may take some MiB within milliseconds.
-_START_SHARE = 0.03
-_STOP_SHARE = 0.05
+_START_SHARE = 0.01
+_STOP_SHARE = 0.02
 _START_PAGES = 1024
 _MOST_SHARE = 0.10
 # What writers leave for reclaim itself: images are stored before the pages that they replace are given back.

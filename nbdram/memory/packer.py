@@ -6,7 +6,8 @@ the first one, for images that go to a remote, the connections to its nodes.
 
 One costs about 6 MiB, twice that with a remote, which count as the server's. The first is started when there is
 something to compress, others when those that there are can't keep up, and they end when they have nothing to do.
-Until there is one, when there can be none, and when it was lost, threads do its work.
+They go last, so that they take nothing from who serves. Until there is one, when there can be none, when it was lost,
+and when others leave it no time, threads do its work.
 """
 
 import asyncio
@@ -32,6 +33,7 @@ _AGAIN_S: Final = 10.0  # after this a lost process is replaced
 _IDLE_S: Final = 10.0  # after this a process that nobody needs is ended
 _MOST: Final = 4
 _ENOUGH: Final = 2  # batches: while one is compressed, the next is there already
+LATE_S: Final = 0.03  # for a batch: others leave the process no time, so that threads had better help
 # The memory for data, besides what the server itself takes, that has room for a process which compresses.
 _MEMORY_EACH: Final = 128 << 20
 _PATIENCE_S: Final = 5.0  # for a batch, which takes milliseconds: somebody has stopped the process
@@ -68,10 +70,15 @@ class Packers:
 
     def batches(self, memory: int) -> int:
         """How many batches may be at work, where there are `memory` bytes for data: so that all who are there have
-        enough to do, and one who is not is called for.
+        enough to do, one who is not is called for, and threads have something when all who are there are late.
         """
         ready = sum(packer.is_ready for packer in self._all)
-        return _ENOUGH * max(1, min(ready + 1, len(self._allowed(memory))))
+        late = ready > 0 and all(packer.is_late for packer in self._all if packer.is_ready)
+        return _ENOUGH * (max(1, min(ready + 1, len(self._allowed(memory)))) + late)
+
+    @property
+    def late_batches(self) -> int:
+        return sum(packer.batches for packer in self._all if packer.is_late)
 
     def least_busy(self, memory: int) -> "Packer | None":
         """Who should have the next batch; None if nobody can yet."""
@@ -80,6 +87,8 @@ class Packers:
             packer.start()
             if not packer.is_ready:
                 break
+            if packer.is_late:
+                continue
             if best is None or packer.batches < best.batches:
                 best = packer
             if best.batches < _ENOUGH:
@@ -108,6 +117,7 @@ class Packer:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._waiting: dict[int, asyncio.Future[list[int]]] = {}  # by the batch's number
+        self._packing: list[float] = []  # since when: the batches whose images are being made
         self._numbers = itertools.count(1)
         self._has_lines = False
         self.lost_lines: set[int] = set()
@@ -122,6 +132,11 @@ class Packer:
     def batches(self) -> int:
         """That are under way."""
         return len(self._waiting)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether it can't get on: it goes last (`packing.serve`), and others leave it nothing."""
+        return bool(self._packing) and time.monotonic() - self._packing[0] > LATE_S
 
     def start(self) -> None:
         """Start the process, unless it is there or was lost just now. It is of use when it says that it is ready."""
@@ -150,7 +165,12 @@ class Packer:
 
     async def pack(self, wanted: Sequence[Wanted]) -> list[int]:
         """What `packing.pack` returns for each, FAILED for all if the process can't be asked."""
-        return await self._ask(b"P", REQUEST, wanted, _PATIENCE_S)
+        since = time.monotonic()
+        self._packing.append(since)
+        try:
+            return await self._ask(b"P", REQUEST, wanted, _PATIENCE_S)
+        finally:
+            self._packing.remove(since)
 
     async def send(self, wanted: Sequence[WantedToSend]) -> list[int]:
         """Have images stored in a remote; the word of each, or FAILED if it is not known to be there."""

@@ -62,7 +62,7 @@ REQUEST_TO_SEND: Final = Struct("<HIBQQI16sQ")
 ANSWER: Final = Struct("<q")
 READY: Final = b"ready"
 MOST: Final = 64  # clusters in a batch
-_NICE: Final = 10  # serving goes first: a client that waits for memory leaves the processor to us
+_NICE: Final = 19  # serving goes first: a client that waits for memory leaves the processor to us
 _KEPT_BYTES: Final = 4 << 20  # by who has images on their way to a remote
 
 

@@ -44,7 +44,7 @@ from nbdram.memory.layout import (
     cold_word,
 )
 from nbdram.memory.mailbox import Mailbox
-from nbdram.memory.packer import Packer, Packers, WantedToSend
+from nbdram.memory.packer import LATE_S, Packer, Packers, WantedToSend
 from nbdram.memory.packing import FAILED, INCOMPRESSIBLE, STUCK, ZEROS, content_of, free_slot, pack
 from nbdram.memory.space import cold_reference
 from nbdram.memory.verdict import Verdict
@@ -205,21 +205,35 @@ class Reclaimer:
             jobs, came_round = self._pick(images=images)
             if jobs:
                 self._at_work[asyncio.create_task(self._work(jobs))] = jobs
-            while len(self._at_work) >= (1 if came_round else self._most_batches()):
+            while len(self._at_work) > (self._late_batches() if came_round else self._most_batches() - 1):
                 await self._collect()
             if self._gains != gains:
                 rounds = quiet = 0
                 gains, since = self._gains, time.monotonic()
             elif came_round:
                 rounds += 1
-                quiet = quiet + 1 if self._aged() == aged and not self._is_receiving() else 0
+                quiet = quiet + 1 if self._aged() == aged and not self._is_receiving() and not self._at_work else 0
                 aged = self._aged()
                 if quiet >= _HOPELESS_ROUNDS or time.monotonic() - since > _HOPELESS_S:
+                    while self._at_work:
+                        await self._collect()
                     return False
             await asyncio.sleep(_PAUSE_S if came_round else 0)
+            if budget.free_pages >= budget.goal_pages and await self._is_done():
+                break
+        return True
+
+    async def _is_done(self) -> bool:
+        """Wait for what is at work; False if memory gets short before what is late is there."""
         while self._at_work:
             await self._collect()
+            if self._budget.is_short and self._late_batches():
+                return False
         return True
+
+    def _late_batches(self) -> int:
+        """Those that are not waited for."""
+        return self._packers.late_batches if self._packers else 0
 
     def _most_batches(self) -> int:
         if any(device.remote for device in self._devices()):
@@ -306,7 +320,7 @@ class Reclaimer:
         return await _send(packers.first, [job for job in jobs if job.image in (FAILED, INCOMPRESSIBLE)])
 
     async def _collect(self) -> None:
-        done, _ = await asyncio.wait(self._at_work, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(self._at_work, timeout=LATE_S, return_when=asyncio.FIRST_COMPLETED)
         for batch in done:
             await asyncio.sleep(0)  # to settle one takes a third of a millisecond
             jobs = self._at_work.pop(batch)

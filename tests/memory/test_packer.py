@@ -234,6 +234,30 @@ async def test_nothing_is_lost_with_the_process_and_another_one_comes(
     assert "reclaim had an error" not in caplog.text
 
 
+async def test_threads_go_on_where_others_leave_the_process_no_time(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packer_module, "_PATIENCE_S", 600.0)
+    async with reclaiming(device) as packers:
+        packer = packers.first
+        await fill(device, 0)
+        await ready(packer)
+        assert packer.pid
+        os.kill(packer.pid, signal.SIGSTOP)
+        try:
+            for generation in range(1, 4):
+                await fill(device, 0, generation)
+            assert packer.is_late
+            assert packer.batches == 2
+        finally:
+            os.kill(packer.pid, signal.SIGCONT)
+        await eventually(lambda: not device.reclaiming)
+        assert not packer.is_late
+        for cluster in range(COUNT):
+            assert device.read(cluster * CLUSTER, CLUSTER) == text(cluster, 3)
+        assert device.cold_pages * PAGE == device.ram.allocated_bytes()
+
+
 async def test_what_the_process_answered_before_it_was_lost_is_kept(
     device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
