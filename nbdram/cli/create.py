@@ -18,7 +18,7 @@ OPTIONS: Final = (
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser("create", help="add an export to a running server")
     parser.add_argument("export", metavar="NAME=MAXSIZE[,OPTION]...", help=f"as in scratch=16G; options: {OPTIONS}")
-    parser.add_argument("more", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("more", nargs="*", default=[], help=argparse.SUPPRESS)
     add_control(parser)
     parser.set_defaults(run=run)
 

@@ -44,6 +44,7 @@ from nbdram.memory.tiers.seal import SEAL_BYTES
 if TYPE_CHECKING:
     from nbdram.memory.space import Space
 
+_GIVE_UP: Final = "`nbdram rm DIR` gives all of the directory up"
 _CHUNK_PAGES: Final = 128  # of the index, read at a time: 4 GiB of the device
 _EXTENTS_A_STEP: Final = 64
 
@@ -89,9 +90,9 @@ def recount(space: "Space", index_path: str) -> None:
         if runs[-1][1] * WORDS_PER_PAGE > space.backing.clusters:
             beyond = content[len(content) - (runs[-1][1] * WORDS_PER_PAGE - space.backing.clusters) * WORD_BYTES :]
             if beyond.count(0) != len(beyond):
-                raise NbdramError(f"{index_path} is damaged: it has words behind the end of the device")
+                raise NbdramError(f"{index_path} is damaged: it has words behind the end of the device; {_GIVE_UP}")
         if not words.make_sense():
-            raise NbdramError(f"{index_path} is damaged: it has words that make no sense; `nbdram check` tells more")
+            raise NbdramError(f"{index_path} is damaged: it has words that make no sense; {_GIVE_UP}")
         references = words.references()
         at = 0
         for first, after in runs:

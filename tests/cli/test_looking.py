@@ -168,6 +168,12 @@ def test_what_is_to_be_created_is_blamed_as_it_was_typed(
     assert capsys.readouterr().err == told
 
 
+def test_create_takes_one_thing(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["create"])
+    assert "the following arguments are required: NAME=MAXSIZE[,OPTION]...;" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["info", "map"])
 async def test_an_export_that_is_not_there_is_told_so(tmp_path: Path, command: str) -> None:
     async with two_exports(tmp_path) as here:
