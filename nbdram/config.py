@@ -312,7 +312,10 @@ def absolute_uri(text: str) -> str:
     """The same NBD URI for a process in another directory; UsageError if it is none."""
     endpoint, name = parse_nbd_uri(text)
     if endpoint.tls:
-        raise UsageError("a kernel speaks no TLS: let nbd-client do it (nbd-client HOST DEVICE -enable-tls)")
+        raise UsageError(
+            "a kernel speaks no TLS: let nbd-client do it (nbd-client HOST DEVICE -N NAME -enable-tls); "
+            "with certificates: docs/security.md"
+        )
     if endpoint.path:
         endpoint = replace(endpoint, path=os.path.abspath(endpoint.path))
     return endpoint.uri(name)
