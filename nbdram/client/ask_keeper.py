@@ -40,7 +40,7 @@ def ask(directory: Path, what: str, **details: Any) -> dict[str, Any]:
 def ask_if_running(directory: Path, what: str, **details: Any) -> dict[str, Any] | None:
     """The same, but None if there is no keeper."""
     try:
-        with _door(directory):
+        with _door(directory, os.O_CREAT if os.path.exists(directory / SOCKET_NAME) else 0):
             sock = _connect(directory)
             return _converse(sock, {"do": what, **details}) if sock else None
     except FileNotFoundError:
@@ -62,7 +62,7 @@ def lock_file(path: Path, how: int, create: int = os.O_CREAT) -> int:
 
 
 @contextmanager
-def _door(directory: Path, create: int = 0) -> Iterator[None]:
+def _door(directory: Path, create: int) -> Iterator[None]:
     """FileNotFoundError if there is none, and none is to be made."""
     try:
         if create:

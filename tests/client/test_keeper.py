@@ -95,6 +95,10 @@ def test_a_second_keeper_is_refused_and_changes_nothing(tmp_path: Path) -> None:
         second = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
         assert (second.returncode, "there is a keeper already" in second.stderr) == (1, True)
         assert ask(tmp_path, "status")["pid"] == first
+        (tmp_path / DOOR_NAME).unlink()  # by somebody who should not
+        found = ask_if_running(tmp_path, "status")
+        assert found is not None
+        assert found["pid"] == first
     gone(tmp_path)
 
 
