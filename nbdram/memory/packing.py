@@ -129,8 +129,10 @@ def serve(fd: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # whole groups of processes are told: our server will end us
         signal.signal(number, signal.SIG_IGN)
     os.nice(_NICE)
-    with suppress(OSError), open("/proc/self/comm", "w") as name:
-        name.write("nbdram-compress")
+    # Where a session is scheduled as a whole, a nice value counts within it only, and we have one of our own.
+    for name, ours in (("autogroup", str(_NICE)), ("comm", "nbdram-compress")):
+        with suppress(OSError), open(f"/proc/self/{name}", "w") as own:
+            own.write(ours)
     with socket.socket(fileno=fd) as server, suppress(BrokenPipeError, ConnectionResetError):
         server.send(READY)
         sending: Sending | None = None

@@ -285,6 +285,15 @@ async def test_what_the_process_answered_before_it_was_lost_is_kept(
         assert not device.integrity_errors
 
 
+async def test_the_process_goes_last_in_its_session_and_its_session_among_others() -> None:
+    async with started() as packer:
+        assert packer.pid
+        assert os.getpriority(os.PRIO_PROCESS, packer.pid) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + 19)
+        group = Path(f"/proc/{packer.pid}/autogroup")
+        assert os.getsid(packer.pid) == packer.pid
+        assert not group.exists() or group.read_text().endswith("nice 19\n")
+
+
 async def test_signals_to_all_of_a_group_do_not_end_the_process() -> None:
     async with started() as packer:
         assert packer.pid
