@@ -13,7 +13,7 @@ The checksum of no bytes is not zero: an image that was lost, and reads as zeros
 """
 
 import errno
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from struct import Struct
 from typing import Final, Self
 
@@ -31,7 +31,7 @@ _compress = lz4.block.compress
 _decompress = lz4.block.decompress
 _checksum = xxhash.xxh3_64_intdigest
 _NO_MATCH: Final = "the checksum of a cold image does not match"
-_CHECKSUM_OF_NOTHING: Final = _checksum(b"") & 0xFFFFFFFF
+Parts = Sequence[bytes | memoryview]
 
 
 class IntegrityError(OSError):
@@ -64,43 +64,42 @@ class Codec:
         """For exports that want density. More than level 3 was measured to gain 1 % for twice the time."""
         return cls(CLUSTER, 3)
 
-    def encode(self, cluster: memoryview, image: bytes = b"", kept: Container[int] = ()) -> list[bytes] | None:
+    def encode(self, cluster: memoryview, image: bytes = b"", kept: Container[int] = ()) -> Parts | None:
         """The parts of the image of CLUSTER bytes, for one gathering write; None if all is zeros.
 
         Of the blocks that are `kept`, the image has what `image` has, unseen: their checksums go with them. Then that
         must be a whole image, else IntegrityError. The result is as long as its parts together; over
-        INCOMPRESSIBLE_BYTES it should not be used.
+        INCOMPRESSIBLE_BYTES it can't be used: it has no checksums then.
         """
         size = self.block_bytes
         fields = self._unpack(image) if image else ()
         if image and self._header.size + sum(fields[: self._blocks]) != len(image):
             raise IntegrityError("a cold image is not as long as it says")
         at = self._header.size
-        lengths, sums = [], []
-        parts = [b""]
+        blocks: list[bytes | memoryview] = []
         for number in range(self._blocks):
             if number in kept:
-                packed, checksum = image[at : at + fields[number]], fields[self._blocks + number]
+                blocks.append(image[at : at + fields[number]])
             else:
-                packed, checksum = self._pack(cluster[number * size : (number + 1) * size])
+                blocks.append(self._pack(cluster[number * size : (number + 1) * size]))
             at += fields[number] if image else 0
-            lengths.append(len(packed))
-            sums.append(checksum)
-            if packed:
-                parts.append(packed)
-        if len(parts) == 1:
+        if not any(blocks):
             return None
-        parts[0] = self._header.pack(*lengths, *sums)
-        return parts
+        lengths = [len(block) for block in blocks]
+        if self._header.size + sum(lengths) > INCOMPRESSIBLE_BYTES:
+            return [bytes(self._header.size), *blocks]
+        sums = [
+            fields[self._blocks + number] if number in kept else _checksum(block) & 0xFFFFFFFF
+            for number, block in enumerate(blocks)
+        ]
+        return [self._header.pack(*lengths, *sums), *blocks]
 
-    def _pack(self, block: memoryview) -> tuple[bytes, int]:
-        """What an image has of a block, and its checksum."""
+    def _pack(self, block: memoryview) -> bytes | memoryview:
+        """What an image has of a block."""
         packed: bytes = _compress(block, store_size=False, **self._how)
         if len(packed) < _ZERO_BLOCK_BYTES and bytes(block) == self._zeros:
-            return b"", _CHECKSUM_OF_NOTHING
-        if len(packed) >= self.block_bytes:
-            packed = bytes(block)
-        return packed, _checksum(packed) & 0xFFFFFFFF
+            return b""
+        return packed if len(packed) < self.block_bytes else block
 
     def content(self, image: memoryview | bytes, start: int, end: int) -> list[memoryview | bytes]:
         """Bytes [start, end) of a cluster, whose image may have been stored raw; IntegrityError as `decode`."""

@@ -24,6 +24,7 @@ from struct import Struct
 from typing import Final, NamedTuple
 
 from nbdram.memory.device import Device
+from nbdram.memory.layout import RESIDENT
 from nbdram.memory.packing import ANSWER, FAILED, HEAD, READY, REQUEST, REQUEST_TO_SEND
 
 log = logging.getLogger("nbdram.reclaim")
@@ -37,6 +38,7 @@ LATE_S: Final = 0.03  # for a batch: others leave the process no time, so that t
 # The memory for data, besides what the server itself takes, that has room for a process which compresses.
 _MEMORY_EACH: Final = 128 << 20
 _PATIENCE_S: Final = 5.0  # for a batch, which takes milliseconds: somebody has stopped the process
+_SEND_LATE_S: Final = 0.3  # with what goes to a remote, and waits for that
 _SEND_PATIENCE_S: Final = 30.0  # to a remote: the process itself gives up a node that is silent
 _PROGRAM: Final = "import sys; from nbdram.memory.packing import serve; serve(int(sys.argv[1]))"
 
@@ -117,7 +119,7 @@ class Packer:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._waiting: dict[int, asyncio.Future[list[int]]] = {}  # by the batch's number
-        self._packing: list[float] = []  # since when: the batches whose images are being made
+        self._due: list[float] = []  # when the batches of which images are being made should be there
         self._numbers = itertools.count(1)
         self._has_lines = False
         self.lost_lines: set[int] = set()
@@ -136,7 +138,7 @@ class Packer:
     @property
     def is_late(self) -> bool:
         """Whether it can't get on: it goes last (`packing.serve`), and others leave it nothing."""
-        return bool(self._packing) and time.monotonic() - self._packing[0] > LATE_S
+        return bool(self._due) and time.monotonic() > min(self._due)
 
     def start(self) -> None:
         """Start the process, unless it is there or was lost just now. It is of use when it says that it is ready."""
@@ -165,16 +167,14 @@ class Packer:
 
     async def pack(self, wanted: Sequence[Wanted]) -> list[int]:
         """What `packing.pack` returns for each, FAILED for all if the process can't be asked."""
-        since = time.monotonic()
-        self._packing.append(since)
-        try:
-            return await self._ask(b"P", REQUEST, wanted, _PATIENCE_S)
-        finally:
-            self._packing.remove(since)
+        return await self._ask(b"P", REQUEST, wanted, LATE_S, _PATIENCE_S)
 
     async def send(self, wanted: Sequence[WantedToSend]) -> list[int]:
-        """Have images stored in a remote; the word of each, or FAILED if it is not known to be there."""
-        return await self._ask(b"S", REQUEST_TO_SEND, wanted, _SEND_PATIENCE_S)
+        """Have images stored in a remote, or in RAM if they had to be made and compress; the word of each, or FAILED if
+        it is not known to be there.
+        """
+        late_s = _SEND_LATE_S if any(one.word & RESIDENT for one in wanted) else _SEND_PATIENCE_S
+        return await self._ask(b"S", REQUEST_TO_SEND, wanted, late_s, _SEND_PATIENCE_S)
 
     def give_line(self, number: int, replicas: int, secret: bytes, fd: int) -> None:
         """The process has a socket to a node of the remote from now on. OSError if it can't be told."""
@@ -183,7 +183,12 @@ class Packer:
         socket.send_fds(self._socket, [HEAD.pack(b"C", number) + bytes((replicas,)) + secret], [fd])
 
     async def _ask(
-        self, kind: bytes, layout: Struct, wanted: "Sequence[Wanted] | Sequence[WantedToSend]", patience_s: float
+        self,
+        kind: bytes,
+        layout: Struct,
+        wanted: "Sequence[Wanted] | Sequence[WantedToSend]",
+        late_s: float,
+        patience_s: float,
     ) -> list[int]:
         assert self._socket
         number = next(self._numbers)
@@ -200,11 +205,14 @@ class Packer:
         loop = asyncio.get_running_loop()
         waiting: asyncio.Future[list[int]] = loop.create_future()
         self._waiting[number] = waiting
+        due = time.monotonic() + late_s
+        self._due.append(due)
         patience = loop.call_later(patience_s, self._lose, f"has not answered for {patience_s:g} s")
         try:
             return await waiting or [FAILED] * len(wanted)
         finally:
             patience.cancel()
+            self._due.remove(due)
             self._used_at = time.monotonic()
 
     def _answered(self) -> None:

@@ -6,7 +6,8 @@ the cluster. Files are read, not looked at through maps: that allocates nothing 
 A message to the process has a kind, a number, and descriptors:
 
     P  a batch of clusters, their images to be stored in RAM; the files that it is about, two for each device
-    S  a batch of clusters, their images to be stored in a remote (`tiers/sending.py`); files as before
+    S  a batch of clusters, their images to be stored in a remote (`tiers/sending.py`), unless they are not there yet,
+       and compress; files as before
     C  a connection to a node of the remote; its socket
     L  (from the process) that connection is lost
 
@@ -73,6 +74,13 @@ def pack(hot: int, ram: RamTier, codec: Codec, cluster: int, word: int, old: byt
     something can't be read, or there is no room; IntegrityError if the old image is damaged, or gone. Blocks of the old
     image of which no page is resident are taken as they are.
     """
+    return pack_or_read(hot, ram, codec, cluster, word, old)[0]
+
+
+def pack_or_read(
+    hot: int, ram: RamTier, codec: Codec, cluster: int, word: int, old: bytes | None = None
+) -> tuple[int, bytes | bytearray]:
+    """As `pack`; and the cluster's 64 KiB, if it is INCOMPRESSIBLE."""
     image = _old_image(ram, cluster, word, old)
     kept: list[int] = []
     if image and len(image) != CLUSTER:
@@ -80,16 +88,18 @@ def pack(hot: int, ram: RamTier, codec: Codec, cluster: int, word: int, old: byt
     content = _content(hot, codec, cluster, word, image, kept)
     parts = codec.encode(memoryview(content), image if kept else b"", kept)
     if parts is None:
-        return ZEROS
+        return ZEROS, b""
     length = sum(map(len, parts))
     if length > INCOMPRESSIBLE_BYTES:
-        return INCOMPRESSIBLE
+        return INCOMPRESSIBLE, _content(hot, codec, cluster, word, image) if kept else content
     slot = free_slot(word, Tier.RAM)
     ram.store(cluster, slot, parts)
-    return cold_word(length, slot, Tier.RAM)
+    return cold_word(length, slot, Tier.RAM), b""
 
 
-def content_of(hot: int, ram: RamTier, codec: Codec, cluster: int, word: int, old: bytes | None = None) -> bytearray:
+def content_of(
+    hot: int, ram: RamTier, codec: Codec, cluster: int, word: int, old: bytes | None = None
+) -> bytes | bytearray:
     """A cluster's 64 KiB; arguments and errors as for `pack`."""
     return _content(hot, codec, cluster, word, _old_image(ram, cluster, word, old))
 
@@ -102,7 +112,9 @@ def _old_image(ram: RamTier, cluster: int, word: int, old: bytes | None) -> byte
     return old or ram.fetch(cluster, word >> SLOT_SHIFT & 1, length)
 
 
-def _content(hot: int, codec: Codec, cluster: int, word: int, image: bytes, unseen: Container[int] = ()) -> bytearray:
+def _content(
+    hot: int, codec: Codec, cluster: int, word: int, image: bytes, unseen: Container[int] = ()
+) -> bytes | bytearray:
     """A cluster's 64 KiB; zeros where blocks are `unseen`."""
     content = bytearray(CLUSTER)
     view = memoryview(content)
@@ -177,7 +189,7 @@ def _pack_all(records: bytes, files: list[int]) -> list[int]:
 
 
 def _send_all(sending: "Sending", head: bytes, records: bytes, files: list[int]) -> None:
-    """Images as they are: in RAM already, or of what does not compress."""
+    """Images as they are: in RAM already, or of what does not compress; what does goes to RAM."""
     from nbdram.memory.tiers.sending import Batch
 
     batch = Batch(head, len(records) // REQUEST_TO_SEND.size)
@@ -188,7 +200,10 @@ def _send_all(sending: "Sending", head: bytes, records: bytes, files: list[int])
             ram = RamTier(cold)
             image: bytes | bytearray
             if word & RESIDENT:
-                image = content_of(hot, ram, _codec(block_bytes, level), cluster, word)
+                packed, image = pack_or_read(hot, ram, _codec(block_bytes, level), cluster, word)
+                if packed != INCOMPRESSIBLE:
+                    sending.settle([((batch, at, packed), True)])
+                    continue
             else:
                 image = ram.fetch(cluster, word >> SLOT_SHIFT & 1, word >> LENGTH_SHIFT & LENGTH_MASK)
             stored = cold_word(len(image), free_slot(word, Tier.REMOTE), Tier.REMOTE)

@@ -88,8 +88,14 @@ class _Job:
     cluster: int
     word: int
     image: int = FAILED  # the word that describes the image that was stored
+    handed: "Handed | None" = None  # the process may store it in a remote
     storing: "Future[None] | None" = None  # below RAM; until it is done, `image` is a hope
     error: Exception | None = None  # that nobody expects
+
+    @property
+    def is_near(self) -> bool:
+        """Whether the process can make an image of it: of what is resident, over one in RAM at most."""
+        return bool(self.word & RESIDENT) and self.word >> TIER_SHIFT & TIER_MASK <= Tier.RAM
 
 
 class Reclaimer:
@@ -309,7 +315,9 @@ class Reclaimer:
         packer = packers.least_busy(self._memory_for_data) if packers else None
         if packers is None or packer is None:
             return jobs
-        near = [job for job in jobs if job.word & RESIDENT and job.word >> TIER_SHIFT & TIER_MASK <= Tier.RAM]
+        for job in jobs:
+            _hand_over(packers.first, job)
+        near = [job for job in jobs if job.is_near and not job.handed]
         if near:
             images = await packer.pack([(job.device, job.cluster, job.word) for job in near])
             for job, image in zip(near, images, strict=True):
@@ -317,7 +325,10 @@ class Reclaimer:
                 job.image = STUCK if stuck else image
                 if image == FAILED:  # the process was lost, perhaps: in the middle of it
                     job.device.release_stray(job.cluster)
-        return await _send(packers.first, [job for job in jobs if job.image in (FAILED, INCOMPRESSIBLE)])
+                elif image == INCOMPRESSIBLE:
+                    _hand_over(packers.first, job)
+        await _send(packers.first, [job for job in jobs if job.handed])
+        return [job for job in jobs if job.image in (FAILED, INCOMPRESSIBLE)]
 
     async def _collect(self) -> None:
         done, _ = await asyncio.wait(self._at_work, timeout=LATE_S, return_when=asyncio.FIRST_COMPLETED)
@@ -365,33 +376,45 @@ class Reclaimer:
             device.take_image(cluster, job.image)
 
 
-async def _send(packer: Packer, jobs: list[_Job]) -> list[_Job]:
-    """Have the process send to a remote what goes there; returns what is left for a thread to do."""
-    going = [(job, handed) for job in jobs if packer.is_ready and (handed := _hand_over(packer, job))]
+async def _send(packer: Packer, jobs: list[_Job]) -> None:
+    """Have the process send to a remote what it was handed; of that, what compresses after all is in RAM then."""
+    going = [(job, job.handed) for job in jobs if job.handed]
     if not going:
-        return jobs
-    images = await packer.send(
-        [
-            WantedToSend(job.device, job.cluster, job.word, handed.line, handed.identity, handed.generation)
-            for job, handed in going
-        ]
-    )
+        return
+    wanted = [
+        WantedToSend(job.device, job.cluster, job.word, handed.line, handed.identity, handed.generation)
+        for job, handed in going
+    ]
+    images = await packer.send(wanted) if packer.is_ready else [FAILED] * len(wanted)
+    for job, handed in going:
+        if job.word & RESIDENT:
+            handed.tier.is_likely = False
     for (job, handed), image in zip(going, images, strict=True):
-        if image > 0:
-            job.image = image
-            handed.stored(image >> LENGTH_SHIFT & LENGTH_MASK)
-        else:
+        if image == FAILED:
             handed.failed()
-    return [job for job in jobs if job.image in (FAILED, INCOMPRESSIBLE)]
+            if job.word & RESIDENT:
+                job.device.release_stray(job.cluster)
+            continue
+        job.image = image
+        if image >> TIER_SHIFT & TIER_MASK == Tier.REMOTE:
+            handed.stored(image >> LENGTH_SHIFT & LENGTH_MASK)
+            handed.tier.is_likely |= bool(job.word & RESIDENT)
+        else:
+            handed.not_needed()
 
 
-def _hand_over(packer: Packer, job: _Job) -> "Handed | None":
-    """An image in RAM, or of what does not compress, if its way leads to a remote that the process is connected to."""
+def _hand_over(packer: Packer, job: _Job) -> None:
+    """An image in RAM, or what does not compress, or will hardly, if its way leads to a remote that the process is
+    connected to.
+    """
+    remote = job.device.remote
+    if remote is None or not packer.is_ready:
+        return
     is_image = not job.word & RESIDENT and job.word >> TIER_SHIFT & TIER_MASK == Tier.RAM
-    tier = next((tier for tier in job.device.far_tiers() if tier.has_room(job.cluster)), None)
-    if tier is None or tier is not job.device.remote or not (is_image or job.image == INCOMPRESSIBLE):
-        return None
-    return job.device.remote.hand_over(packer, job.cluster, free_slot(job.word, Tier.REMOTE))
+    if is_image or job.image == INCOMPRESSIBLE or (remote.is_likely and job.is_near):
+        tier = next((tier for tier in job.device.far_tiers() if tier.has_room(job.cluster)), None)
+        if tier is remote:
+            job.handed = remote.hand_over(packer, job.cluster, free_slot(job.word, Tier.REMOTE))
 
 
 def _store(jobs: list[_Job]) -> None:

@@ -8,6 +8,7 @@ all of it would take twice the address space of the device.
 import errno
 import mmap
 import os
+from collections.abc import Sequence
 from typing import Final
 
 from nbdram.memory.backing import no_huge_pages
@@ -35,7 +36,7 @@ class RamTier:
             area.close()
         self._windows.clear()
 
-    def store(self, cluster: int, slot: int, image: list[bytes]) -> None:
+    def store(self, cluster: int, slot: int, image: Sequence[bytes | memoryview]) -> None:
         """Write an image into a free slot. May be called from any thread. OSError if there is no room for it."""
         if os.pwritev(self.fd, image, _offset(cluster, slot)) != sum(map(len, image)):
             self.drop(cluster, slot, CLUSTER)

@@ -237,6 +237,7 @@ class RemoteTier:
         self._identity = identity.bytes
         self.kept = kept
         self.put_off = kept  # there may be images that no word points at
+        self.is_likely = False  # for what is resident: the last of it did not compress, and came here
         self.generations = Generations(fd)
 
     def register(self, name: str) -> None:
@@ -376,17 +377,22 @@ class Handed:
         self.identity = tier.identity.bytes
         self.generation = generation
         self.line = line
-        self._tier = tier
+        self.tier = tier
         self._cluster = cluster
         self._slot = slot
 
     def stored(self, length: int) -> None:
-        self._tier.remote.use(image_pages(length) - CLUSTER // PAGE)
-        self._tier.remote.stored(length)
+        self.tier.remote.use(image_pages(length) - CLUSTER // PAGE)
+        self.tier.remote.stored(length)
+
+    def not_needed(self) -> None:
+        """It was stored in RAM, if it is not all zeros."""
+        self.tier.remote.use(-(CLUSTER // PAGE))
+        self.tier.generations.forget(self._cluster, self._slot, self.generation)
 
     def failed(self) -> None:
         """It may be there all the same."""
-        self._tier.discard(self._cluster, self._slot, self.generation, CLUSTER // PAGE)
+        self.tier.discard(self._cluster, self._slot, self.generation, CLUSTER // PAGE)
 
 
 def _settle(future: "Future[Any]", result: Any, error: OSError | None) -> None:

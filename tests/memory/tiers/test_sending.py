@@ -6,7 +6,7 @@ import random
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from struct import iter_unpack
@@ -18,7 +18,7 @@ from nbdram.memory import reclaim
 from nbdram.memory.budget import Budget
 from nbdram.memory.device import Device
 from nbdram.memory.layout import LENGTH_SHIFT, RESIDENT, TIER_MASK, TIER_SHIFT, Tier
-from nbdram.memory.packer import Packer, Packers
+from nbdram.memory.packer import Packer, Packers, Wanted
 from nbdram.memory.packing import FAILED, HEAD
 from nbdram.memory.reclaim import Reclaimer
 from nbdram.memory.tiers import sending as sending_module
@@ -240,6 +240,31 @@ async def test_what_leaves_ram_is_sent_by_the_process_and_comes_back(
         assert {word >> LENGTH_SHIFT & 0x1FFFF == CLUSTER for word in far} == {True, False}
         assert here.by_threads < 32, "threads have sent images"
         assert remote.remote.used_bytes == here.device.remote_pages * PAGE
+        here.check(1)
+
+
+async def test_after_what_does_not_compress_the_next_is_stored_in_ram_or_sent_in_one_go(
+    redis_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with demoted(redis_cluster, monkeypatch) as here:
+        await here.fill(0)
+        await here.is_still()
+        remote = here.device.remote
+        assert remote
+        asked: list[Wanted] = []
+        pack = Packer.pack
+
+        async def counted(packer: Packer, wanted: Sequence[Wanted]) -> list[int]:
+            asked.extend(wanted)
+            return await pack(packer, wanted)
+
+        monkeypatch.setattr(Packer, "pack", counted)
+        await here.fill(1)
+        await here.is_still()
+        assert here.device.cold_clusters, "what compresses is in RAM"
+        assert len(asked) < COUNT // 4
+        assert here.device.cold_pages * PAGE == here.device.ram.allocated_bytes()
+        await eventually(lambda: sum(map(len, remote.generations.pages())) == here.device.remote_clusters)
         here.check(1)
 
 
