@@ -170,6 +170,10 @@ class Reclaimer:
             self._wanted.clear()
             try:
                 balanced = await self._balance()
+                if balanced:
+                    self._budget.satisfied()
+                    while self._at_work and not self._budget.is_short:  # what is late
+                        await self._collect()
             except Exception as error:
                 self._surprised(error)
                 await asyncio.sleep(_VERDICT_S)
@@ -179,7 +183,6 @@ class Reclaimer:
                 self._complained = False
                 self._verdict.lift()
                 self._surprises.clear()
-                self._budget.satisfied()
                 continue
             if not self._budget.is_short:  # READs can do without
                 await asyncio.sleep(_VERDICT_S)
