@@ -46,7 +46,7 @@ def _head(now: Facts) -> Text:
 def _memory(memory: Facts) -> Table:
     grid = Table.grid(padding=(0, 2))
     share = memory["used"] / memory["limit"]
-    colour = "red" if share > 0.97 else "green"
+    colour = "red" if memory["waiting"] else "green"
     bar = ProgressBar(total=memory["limit"], completed=memory["used"], width=30, complete_style=colour)
     told = f"{format_size(memory['used'])} of {format_size(memory['limit'])} ({share:.0%})"
     grid.add_row("memory", bar, told, f"holds {format_size(memory['stored'])}")
