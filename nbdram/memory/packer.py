@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from struct import Struct
 from typing import Final, NamedTuple
 
@@ -29,7 +28,6 @@ from nbdram.memory.packing import ANSWER, FAILED, HEAD, READY, REQUEST, REQUEST_
 
 log = logging.getLogger("nbdram.reclaim")
 
-_DYING_S: Final = 0.1  # between a process's last file and its end
 _AGAIN_S: Final = 10.0  # after this a lost process is replaced
 _IDLE_S: Final = 10.0  # after this a process that nobody needs is ended
 _MOST: Final = 4
@@ -117,7 +115,8 @@ class Packer:
         self.is_ready = False
         self._keep_open = tuple(keep_open)
         self._process: subprocess.Popen[bytes] | None = None
-        self._socket: socket.socket | None = None
+        self._socket: socket.socket | None = None  # until it is lost, or told to end
+        self._end: asyncio.Task[None] | None = None
         self._waiting: dict[int, asyncio.Future[list[int]]] = {}  # by the batch's number
         self._due: list[float] = []  # when the batches of which images are being made should be there
         self._numbers = itertools.count(1)
@@ -237,22 +236,28 @@ class Packer:
                 waiting.set_result([word for (word,) in ANSWER.iter_unpack(answer[HEAD.size :])])
 
     def _lose(self, how: str) -> None:
+        if not self._socket:  # that is known
+            return
         log.warning("the process that compresses %s: a thread goes on, and there will be another one", how)
         self._forget()
 
     def _forget(self) -> None:
-        """See to it that the process is gone: it must not write any more when others do its work. Tell who waits."""
+        """End the process, and tell who waits when it is gone: it must not write any more when others do its work."""
         self._hang_up()
+        self.lost_lines.clear()
+        waiting, self._waiting = self._waiting, {}
         if self._process:
             self._process.kill()
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(_DYING_S)
-            self._process = None
-        self.lost_lines.clear()
-        while self._waiting:
-            _, waiting = self._waiting.popitem()
-            if not waiting.done():
-                waiting.set_result([])
+            self._end = asyncio.create_task(self._see_to_its_end(self._process, list(waiting.values())))
+
+    async def _see_to_its_end(
+        self, process: subprocess.Popen[bytes], waiting: "list[asyncio.Future[list[int]]]"
+    ) -> None:
+        await asyncio.to_thread(process.wait)  # it goes last, also in this
+        self._process = None
+        for one in waiting:
+            if not one.done():
+                one.set_result([])
 
     def _hang_up(self) -> None:
         self.is_ready = self._has_lines = False
@@ -273,7 +278,7 @@ class Packer:
 
     async def stop(self) -> None:
         """End the process. It is seen to its end, because it writes to files that others may want to have."""
-        process = self._process
-        self._forget()
-        if process:
-            await asyncio.to_thread(process.wait)
+        if self._socket:
+            self._forget()
+        if self._end:
+            await self._end

@@ -180,6 +180,10 @@ class Demoted:
     async def is_still(self) -> None:
         await eventually(lambda: not self.device.reclaiming)
 
+    def has_process(self) -> bool:
+        self.packer.start()  # if it was lost with the last batch
+        return self.packer.is_ready
+
     def check(self, generation: int) -> None:
         for cluster in range(COUNT):
             assert self.device.read(cluster * CLUSTER, CLUSTER) == content(cluster, generation)
@@ -275,8 +279,7 @@ async def test_nothing_is_lost_when_the_process_is_killed_or_its_connections_are
     async with demoted(redis_cluster, monkeypatch) as here:
         await here.fill(0)
         for generation in range(1, 7):
-            here.packer.start()
-            await eventually(lambda: here.packer.is_ready)
+            await eventually(here.has_process)
             filling = asyncio.create_task(here.fill(generation))
             await asyncio.sleep(0.05 * generation)
             if generation % 2:
