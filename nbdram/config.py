@@ -1,5 +1,6 @@
 """What the user asked for, checked and with units. Knows no sockets and no devices."""
 
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -11,15 +12,19 @@ from urllib.parse import quote, unquote, urlsplit
 
 from nbdram.access import OPEN, RULE_OPTIONS, Rules, take_rule
 from nbdram.errors import UsageError
+from nbdram.memory.available import most_memory
 from nbdram.memory.layout import MAX_DEVICE_BYTES, PAGE
 from nbdram.memory.tiers.remote_settings import RemoteSettings
 from nbdram.protocol.wire import DEFAULT_PORT, MAX_STRING_BYTES
+
+log = logging.getLogger("nbdram")
 
 DEFAULT_EXPORT_NAME: Final = "ram"
 DEFAULT_EXPORT_SIZE: Final = 1 << 40
 
 # The process itself takes about 16 MiB, and all of it counts.
 MIN_MEMORY: Final = 32 << 20
+_LEAST_SWAP: Final = 1 << 20
 
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50}
 _SIZE = re.compile(r"(\d{1,20})\s*([KMGTP]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
@@ -40,6 +45,22 @@ def format_size(count: int) -> str:
             exact = count % (1 << shift) == 0
             return f"{count >> shift} {unit}" if exact else f"{count / (1 << shift):.1f} {unit}"
     return f"{count} bytes"
+
+
+def limited_memory(asked: int) -> int:
+    """The budget asked for, or less: never more than the machine has, or a control group allows."""
+    most, why = most_memory()
+    if asked > most:
+        log.warning("--memory %s is more than %s: using %s", format_size(asked), why, format_size(most))
+    return min(asked, most)
+
+
+def parse_swap_size(text: str) -> int:
+    """The `max=` of a --swap."""
+    size = parse_size(text)
+    if size < _LEAST_SWAP:
+        raise UsageError(f"max must be at least {format_size(_LEAST_SWAP)}; without it there is no limit")
+    return size
 
 
 def check_name(name: str) -> str:
@@ -151,7 +172,7 @@ class SwapSettings:
         if kind != "disk" or not path:
             raise UsageError(f"--swap {text!r}: write disk:PATH or disk:PATH,max=SIZE, or redis://HOST:PORT,...")
         try:
-            return cls(Path(path), parse_size(option) if comma else 0)
+            return cls(Path(path), parse_swap_size(option) if comma else 0)
         except UsageError as error:
             raise UsageError(f"--swap {text!r}: {error}") from None
 
@@ -385,6 +406,10 @@ class ServeSettings:
                 endpoint.check_plaintext(self.plaintext_may_listen)
             except UsageError as error:
                 yield "listen", str(error)
+        directories = [os.path.realpath(area.path) for area in self.swap]
+        for number, area in enumerate(self.swap):
+            if directories[number] in directories[:number]:
+                yield "swap", f"{area.path} is named twice: name each directory once"
         if self.memory < MIN_MEMORY:
             told = f"must be at least {format_size(MIN_MEMORY)}: the server itself needs half of it"
             yield "memory", f"--memory {told}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
-from nbdram.config import SwapSettings, parse_size
+from nbdram.config import SwapSettings, parse_swap_size
 from nbdram.errors import UsageError
 from nbdram.memory.tiers.remote_settings import Address, RemoteSettings
 
@@ -59,11 +59,17 @@ def _address(text: str) -> Address:
     parts = urlsplit(f"//{text}")
     if not parts.hostname:
         raise UsageError(_FORM)
-    return parts.hostname, _DEFAULT_PORT if parts.port is None else parts.port
+    try:
+        return parts.hostname, _DEFAULT_PORT if parts.port is None else parts.port
+    except ValueError:
+        raise UsageError(f"the port of {text!r} is not a number from 0 to 65535") from None
 
 
 def _with_options(settings: RemoteSettings, parts: SplitResult) -> RemoteSettings:
-    options = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
+    try:
+        options = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
+    except ValueError:
+        raise UsageError("write options as in ?max=1G&replicas=1") from None
     for name in options:
         if name not in _OPTIONS:
             raise UsageError(f"there is no option {name!r}; known are {', '.join(_OPTIONS)}")
@@ -73,7 +79,7 @@ def _with_options(settings: RemoteSettings, parts: SplitResult) -> RemoteSetting
     user, password = _login_of(files["auth-file"])
     return replace(
         settings,
-        max_bytes=parse_size(options["max"]) if "max" in options else 0,
+        max_bytes=parse_swap_size(options["max"]) if "max" in options else 0,
         replicas=_number(options.get("replicas", "0"), "replicas", 10),
         wait_s=float(_number(options["wait"], "wait", _MOST_WAIT_S)) if "wait" in options else settings.wait_s,
         ca=files["ca"],

@@ -132,10 +132,13 @@ def test_swap_is_a_directory_and_a_maximum() -> None:
     assert SwapSettings.parse("disk:/a,b,max=2G") == SwapSettings(Path("/a,b"), 2 * GIB)
 
 
-@pytest.mark.parametrize("text", ["", "disk", "disk:", "/var/swap", "tape:/x", "disk:/x,max=lots", "disk:/x,size=1G"])
+@pytest.mark.parametrize(
+    "text", ["", "disk", "disk:", "/var/swap", "tape:/x", "disk:/x,max=lots", "disk:/x,size=1G", "disk:/x,max=0"]
+)
 def test_malformed_swap_is_told_the_form(text: str) -> None:
     with pytest.raises(
-        UsageError, match=r"^--swap '.*': ('lots' is not a size|write disk:PATH or|there is no option 'size')"
+        UsageError,
+        match=r"^--swap '.*': ('lots' is not a size|write disk:PATH or|there is no option 'size'|max must be at least)",
     ):
         SwapSettings.parse(text)
 

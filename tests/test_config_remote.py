@@ -49,14 +49,16 @@ def test_user_and_password_come_from_the_environment_or_a_file(tmp_path: Path, m
     [
         ("redis://", "write redis://HOST:PORT,HOST:PORT/?max=SIZE"),
         ("redis:cache", "write redis://HOST:PORT"),
-        ("redis://cache:many", "Port could not be cast"),
+        ("redis://cache:many", "the port of 'cache:many' is not a number from 0 to 65535"),
+        ("redis://cache:70001", "the port of 'cache:70001' is not a number from 0 to 65535"),
+        ("redis://cache/?max=0", "max must be at least 1 MiB; without it there is no limit"),
         ("redis://cache/0", "write redis://HOST:PORT"),
         ("redis://cache/?max=lots", "'lots' is not a size"),
         ("redis://cache/?size=1G", "there is no option 'size'; known are max, replicas, wait"),
         ("redis://cache/?replicas=-1", "replicas must be a whole number, at most 10"),
         ("redis://cache/?wait=1h", "wait must be a whole number, at most 600"),
         ("redis://cache/?ca=x", "ca, cert and key are for rediss://"),
-        ("redis://cache/?max", "bad query field"),
+        ("redis://cache/?max", "write options as in ?max=1G&replicas=1"),
     ],
 )
 def test_a_mistake_gets_one_sentence(text: str, told: str) -> None:

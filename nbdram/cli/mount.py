@@ -2,9 +2,9 @@
 
 import argparse
 import grp
+import logging
 import os
 import pwd
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from nbdram.config import (
     absolute_uri,
     check_size,
     format_size,
+    limited_memory,
     parse_metrics,
     parse_size,
 )
@@ -60,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _list()
     if arguments.point is None:
         raise UsageError("say what to mount, and where: nbdram mount 64G DIR")
+    logging.basicConfig(format="nbdram: %(message)s")
     wanted = _wanted(arguments)
     need_sys_admin("mounting a file system")
     from nbdram.client.mounting import mount
@@ -112,7 +114,7 @@ def _wanted(arguments: argparse.Namespace) -> "Wanted":
 
 
 def _memory(text: str | None) -> int:
-    from nbdram.memory.available import default_budget, most_memory
+    from nbdram.memory.available import default_budget
 
     try:
         memory = parse_size(text) if text else default_budget()
@@ -120,11 +122,7 @@ def _memory(text: str | None) -> int:
         raise UsageError(f"--memory {error}") from None
     if memory < MIN_MEMORY:
         raise UsageError(f"--memory must be at least {format_size(MIN_MEMORY)}: the server itself needs half of it")
-    most, why = most_memory()
-    if memory > most:
-        told = f"--memory {format_size(memory)} is more than {why}: using {format_size(most)}"
-        print(f"nbdram: {told}", file=sys.stderr)
-    return min(memory, most)
+    return limited_memory(memory)
 
 
 def _id(text: str | None, what: str, look_up: Callable[[str], int]) -> int | None:

@@ -85,7 +85,12 @@ def size(value: Any) -> int:
 
 def memory(value: Any) -> int | None:
     """Bytes; None for `auto`."""
-    return None if value == "auto" else size(value)
+    if isinstance(value, str) and value.lower() == "auto":
+        return None
+    try:
+        return size(value)
+    except UsageError as error:
+        raise UsageError(f"{error}, or auto") from None
 
 
 def number(least: int, most: int) -> Parser:

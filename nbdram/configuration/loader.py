@@ -5,7 +5,6 @@ of the file; where both have a name, those of the flag count; the rules of the f
 """
 
 import difflib
-import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,15 +23,13 @@ from nbdram.config import (
     TlsSettings,
     check_name,
     default_listen,
-    format_size,
+    limited_memory,
 )
 from nbdram.config_remote import PASSWORD_VARIABLE, USER_VARIABLE, parse_swap
 from nbdram.configuration.document import Document, Keys
 from nbdram.configuration.keys import EXPORT_FLAG, EXPORT_KEYS, KEYS, RULE_NAMES, Key
 from nbdram.errors import NbdramError, UsageError
-from nbdram.memory.available import default_budget, most_memory
-
-log = logging.getLogger("nbdram")
+from nbdram.memory.available import default_budget
 
 DEFAULT_FILE: Final = Path("/etc/nbdram/nbdram.toml")
 FILE_VARIABLE: Final = "NBDRAM_CONFIG"
@@ -251,7 +248,7 @@ class _Loader:
     def _memory(self, asked: int | None, running: ServeSettings | None) -> int:
         if running is not None and asked == running.asked_memory:
             return running.memory
-        return _budget(asked)
+        return default_budget() if asked is None else limited_memory(asked)
 
     def _metrics(self) -> Endpoint | None:
         metrics: Endpoint | None = self._values.get("metrics", DEFAULT_METRICS)
@@ -291,16 +288,6 @@ class _Loader:
         if len(self._mistakes) == before:
             with self._noting(self._place_of("tls.certificate")):
                 load(tls)
-
-
-def _budget(asked: int | None) -> int:
-    """The budget asked for, or the default; never more than the machine has, or a control group allows."""
-    if asked is None:
-        return default_budget()
-    most, why = most_memory()
-    if asked > most:
-        log.warning("--memory %s is more than %s: using %s", format_size(asked), why, format_size(most))
-    return min(asked, most)
 
 
 def _file_place(document: Document, keys: Keys, key: Key | None = None) -> Place:

@@ -37,6 +37,7 @@ from nbdram.memory.layout import (
     WRITE_TOUCH,
     Reference,
     Tier,
+    far_slot,
     pages_within,
 )
 from nbdram.memory.recent import Recent
@@ -190,10 +191,10 @@ class Device(Space):
 
     def load_image(self, cluster: int, word: int) -> bytes:
         """A cluster's image from wherever it is; may block."""
-        slot, length = word >> SLOT_SHIFT & 1, word >> LENGTH_SHIFT & LENGTH_MASK
+        length = word >> LENGTH_SHIFT & LENGTH_MASK
         if word >> TIER_SHIFT & TIER_MASK == Tier.RAM:
-            return self.ram.fetch(cluster, slot, length)
-        return self.far_tier(word).load(cluster, slot, length)
+            return self.ram.fetch(cluster, word >> SLOT_SHIFT & 1, length)
+        return self.far_tier(word).load(cluster, far_slot(word), length)
 
     def _promote(self, cluster: int, start: int, end: int, image: bytes | None = None) -> list[Buffer]:
         """Make the pages of [start, end) resident, if they fit. Their bytes as they came: views of `hot` may fault."""

@@ -24,6 +24,7 @@ from nbdram.memory.layout import (
     TIER_MASK,
     TIER_SHIFT,
     Tier,
+    far_slot,
 )
 from nbdram.memory.mailbox import Mailbox, Told
 from nbdram.memory.readahead import KEPT
@@ -154,7 +155,7 @@ class Fetcher:
             return None
         begun = time.perf_counter()
         assert device.disk
-        content = device.disk.load_now(cluster, word >> SLOT_SHIFT & 1, word >> LENGTH_SHIFT & LENGTH_MASK)
+        content = device.disk.load_now(cluster, far_slot(word), word >> LENGTH_SHIFT & LENGTH_MASK)
         if content is None:
             return None
         image = device.far_images[cluster] = FarImage()

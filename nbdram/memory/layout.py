@@ -9,6 +9,7 @@ The cluster word (64 bits, changed by one aligned store):
     bits 32-48  length     bytes of the cold image (0: there is none; 65536: stored raw)
     bit  49     slot       which of its two slots in the tier holds it
     bits 50-52  tier       of the cold image: RAM, DISK, REMOTE
+    bits 56-63  place      of one on disk: which swap directory has it, counted from the cluster's own
 
 Word 0 is a hole: it reads as zeros and costs nothing. A page that is not resident is zero if the cluster has no
 cold image, else it is in the image.
@@ -39,6 +40,7 @@ LENGTH_MASK: Final = 0x1FFFF
 SLOT_SHIFT: Final = 49
 TIER_SHIFT: Final = 50
 TIER_MASK: Final = 7
+PLACE_SHIFT: Final = 56
 
 
 class Tier(IntEnum):
@@ -122,8 +124,13 @@ def page_runs(mask: int) -> list[tuple[int, int]]:
 
 
 def cold_word(length: int, slot: int, tier: int) -> int:
-    """The part of a word that describes a cold image."""
-    return length << LENGTH_SHIFT | slot << SLOT_SHIFT | tier << TIER_SHIFT
+    """The part of a word that describes a cold image. `slot` as `far_slot` has it."""
+    return length << LENGTH_SHIFT | (slot & 1) << SLOT_SHIFT | tier << TIER_SHIFT | slot >> 1 << PLACE_SHIFT
+
+
+def far_slot(word: int) -> int:
+    """The slot of an image below RAM, and its place above the lowest bit."""
+    return word >> SLOT_SHIFT & 1 | word >> PLACE_SHIFT << 1
 
 
 def pages_within(cluster: int, start: int, end: int) -> int:

@@ -18,7 +18,7 @@ from typing import Final
 
 from nbdram.memory.clock import Clock
 from nbdram.memory.device import Device
-from nbdram.memory.layout import LENGTH_MASK, LENGTH_SHIFT, Reference, Tier, cold_word
+from nbdram.memory.layout import LENGTH_MASK, LENGTH_SHIFT, Reference, Tier, cold_word, far_slot
 from nbdram.memory.mailbox import Mailbox
 from nbdram.memory.reclaim import ReclaimCounters
 
@@ -104,9 +104,10 @@ class Mover:
         jobs = []
         for device, cluster in victims:
             assert device.disk
-            if cluster % len(device.disk.areas) in full and cluster not in device.reclaiming:
+            word = device.words[cluster]
+            if device.disk.number(cluster, far_slot(word)) in full and cluster not in device.reclaiming:
                 device.reclaiming.add(cluster)
-                jobs.append(_Job(device, cluster, device.words[cluster]))
+                jobs.append(_Job(device, cluster, word))
         return jobs, came_round
 
     async def _move(self, jobs: list[_Job]) -> None:

@@ -460,7 +460,7 @@ def _store_below(job: _Job, image: bytes) -> int:
     """Have an image stored in the first tier below RAM that has room; the word of it, or STUCK."""
     for tier in job.device.far_tiers():
         if tier.has_room(job.cluster):
-            slot = free_slot(job.word, tier.tier)
+            slot = free_slot(job.word, tier.tier) | tier.place(job.cluster) << 1
             job.storing = tier.submit(job.cluster, slot, image)
             return cold_word(len(image), slot, tier.tier)
     return STUCK

@@ -34,8 +34,10 @@ from nbdram.memory.layout import (
     WORDS_PER_PAGE,
     Reference,
     Tier,
+    far_slot,
     page_runs,
     pages_within,
+    round_up,
 )
 from nbdram.memory.tiers.disk import SLOT_BYTES, punch_hole
 from nbdram.memory.tiers.ram import image_pages
@@ -156,7 +158,10 @@ class _Words:
                 return False
         if not self._have_images:
             return True
-        if self._byte[7] != self._all_zeros or self._byte[6].translate(None, _LEGAL_BYTE_6):
+        if self._byte[6].translate(None, _LEGAL_BYTE_6):
+            return False
+        elsewhere = self._byte[7].translate(_NOT_ZERO)
+        if elsewhere != self._and(elsewhere, self._byte[6].translate(_HAS_IMAGE_IN[Tier.DISK])):
             return False
         low = self._or(self._byte[4], self._byte[5]).translate(_NOT_ZERO)
         raw = bytes(0xFF * (value & 1) for value in range(256))
@@ -276,8 +281,11 @@ def _sweep(space: "Space", fd: int, slot_bytes: int, tier: Tier, number: int = 0
                 continue
             word = space.word(cluster)
             base = slot * slot_bytes
-            low, high = max(start, base), min(end, base + slot_bytes)
-            if word >> TIER_SHIFT & TIER_MASK == tier and word >> SLOT_SHIFT & 1 == slot & 1:
+            low, high = max(start, base), min(round_up(end, PAGE), base + slot_bytes)  # a file on disk ends anywhere
+            in_use = word >> TIER_SHIFT & TIER_MASK == tier and word >> SLOT_SHIFT & 1 == slot & 1
+            if space.disk and tier == Tier.DISK:
+                in_use = in_use and space.disk.number(cluster, far_slot(word)) == number
+            if in_use:
                 length = word >> LENGTH_SHIFT & LENGTH_MASK
                 used = length if tier == Tier.RAM else length + SEAL_BYTES
                 low = max(low, base + -(-used // PAGE) * PAGE)

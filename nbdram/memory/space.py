@@ -45,6 +45,7 @@ from nbdram.memory.layout import (
     WORDS_PER_PAGE,
     Reference,
     Tier,
+    far_slot,
     page_runs,
     pages_within,
 )
@@ -380,16 +381,16 @@ class Space:
             read = self.far_images.pop(cluster, None)
             if read:
                 read.is_current = False
-            self.far_tier(word).drop(cluster, word >> SLOT_SHIFT & 1, length)
+            self.far_tier(word).drop(cluster, far_slot(word), length)
             self._count_far(word, -1, -pages)
 
     def discard_image(self, cluster: int, image: int) -> None:
         """Give back an image that was stored, but never became the cluster's."""
-        length, slot = image >> LENGTH_SHIFT & LENGTH_MASK, image >> SLOT_SHIFT & 1
+        length = image >> LENGTH_SHIFT & LENGTH_MASK
         if image >> TIER_SHIFT & TIER_MASK == Tier.RAM:
-            self.ram.drop(cluster, slot, length)
+            self.ram.drop(cluster, image >> SLOT_SHIFT & 1, length)
         else:
-            self.far_tier(image).drop(cluster, slot, length)
+            self.far_tier(image).drop(cluster, far_slot(image), length)
 
     def drop_resident(self, cluster: int) -> None:
         """Let a cluster whose image has everything live from it."""

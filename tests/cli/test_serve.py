@@ -127,10 +127,14 @@ END"""
         (("--export", "a=1G", "--export", "a=2G"), "there are two exports called 'a': give each a name of its own"),
         (("--listen", "127.0.0.1:10809"), "write unix:PATH, tcp://HOST:PORT or fd"),
         (("--listen", "tcp://0.0.0.0"), "allow it with --allow-plaintext"),
-        (("--memory", "lots"), "--memory 'lots' is not a size"),
+        (
+            ("--memory", "lots"),
+            "--memory 'lots' is not a size: write a whole number and K, M, G or T, as in 16G, or auto",
+        ),
         (("--write-wait", "-1"), "--write-wait '-1' is not a time of at most 3600 s"),
         (("--memory", "16M"), "--memory must be at least 32 MiB"),
         (("--swap", "/var/swap"), "write disk:PATH or disk:PATH,max=SIZE"),
+        (("--swap", "disk:/x/y", "--swap", "disk:/x/../x/y/"), "--swap: /x/../x/y is named twice: name each"),
         (("--metrics", "x"), "write ADDRESS:PORT"),
     ],
 )

@@ -165,7 +165,7 @@ readonly = true
     assert loading.refused(
         text, {"NBDRAM_MEMROY": "1G", "NBDRAM_SAME_HOST": "so", "NBDRAM_TYPO": "1"}, export=["x"]
     ) == [
-        "1: memory: 'lots' is not a size: write a whole number and K, M, G or T, as in 16G",
+        "1: memory: 'lots' is not a size: write a whole number and K, M, G or T, as in 16G, or auto",
         "2: listen: '127.0.0.1': write unix:PATH, tcp://HOST:PORT or fd",
         "4: wirte_wait: there is no such key: do you mean write_wait?",
         '5: metrics: 9810 is not what is expected: text in quotes, as in "text"',

@@ -136,7 +136,8 @@ def legal_word(content: random.Random) -> int:
     if not length:
         return resident * 0x10001
     tier = content.choice([Tier.RAM, Tier.DISK])
-    return resident | (resident & content.getrandbits(16)) << 16 | cold_word(length, content.randrange(2), tier)
+    slot = content.randrange(2 if tier == Tier.RAM else 256)
+    return resident | (resident & content.getrandbits(16)) << 16 | cold_word(length, slot, tier)
 
 
 def test_sums_over_many_words_are_those_of_each() -> None:
@@ -146,10 +147,10 @@ def test_sums_over_many_words_are_those_of_each() -> None:
     assert many.make_sense()
     assert many.resident_pages() == sum((word & 0xFFFF).bit_count() for word in words)
     for tier in (Tier.RAM, Tier.DISK):
-        lengths = [word >> LENGTH_SHIFT & 0x1FFFF for word in words if word >> 50 == tier]
+        lengths = [word >> LENGTH_SHIFT & 0x1FFFF for word in words if word >> 50 & 7 == tier]
         assert many.images(tier) == (len(lengths), sum(map(image_pages, lengths)))
     kinds = {0: Reference.HOLE, Tier.RAM: Reference.COLD, Tier.DISK: Reference.FAR}
-    assert list(many.references()) == [Reference.IDLE if word & 0xFFFF else kinds[word >> 50] for word in words]
+    assert list(many.references()) == [Reference.IDLE if word & 0xFFFF else kinds[word >> 50 & 7] for word in words]
 
 
 @pytest.mark.parametrize(
@@ -163,6 +164,7 @@ def test_sums_over_many_words_are_those_of_each() -> None:
         cold_word(100, 0, Tier.RESIDENT),
         cold_word(CLUSTER + 1, 0, Tier.RAM),
         1 << 49,  # a slot without an image
+        cold_word(100, 2, Tier.RAM),  # further on, where there is no disk
     ],
 )
 def test_a_word_that_makes_no_sense_is_refused(path: Path, word: int) -> None:
@@ -258,6 +260,32 @@ def test_swap_files_survive_under_their_name_and_stray_slots_are_punched(path: P
         assert device.read(0, 300) == b"far" * 100
         writer.submit(lambda: None).result()
         assert area.used_bytes == allocated_bytes(device.disk.files[0]) == PAGE
+        area.close()
+
+
+def test_an_image_is_found_in_the_area_where_it_was_put_and_what_is_in_its_own_is_punched(
+    path: Path, tmp_path: Path
+) -> None:
+    state, device, identity = make(path)
+    areas = [SwapArea(tmp_path / name, 0, state.manifest.secret) for name in ("one", "other")]
+    with ThreadPoolExecutor(1) as writer:
+        disk = device.disk = DiskTier(areas, writer, identity, kept=True)
+        areas[0].refused(OSError("full"))
+        assert (disk.place(0), disk.place(1)) == (1, 0)
+        device.write(0, b"far" * 100)
+        image = b"".join(device.codec.encode(memoryview(device.hot)[:CLUSTER]) or ())
+        disk.store(0, 3, image)
+        device.take_image(0, cold_word(len(image), 3, Tier.DISK))
+        disk.store(0, 1, b"never became true")
+        leave(state, device)
+    with taken_up(path) as device, ThreadPoolExecutor(1) as writer:
+        disk = device.disk = DiskTier(areas, writer, identity, kept=True)
+        for _ in sweep(device):
+            pass
+        assert device.read(0, 300) == b"far" * 100
+        writer.submit(lambda: None).result()
+        assert [area.used_bytes for area in areas] == [allocated_bytes(fd) for fd in disk.files] == [0, PAGE]
+    for area in areas:
         area.close()
 
 

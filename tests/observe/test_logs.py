@@ -11,7 +11,7 @@ from nbdram.observe import logs
 from ..helpers import running
 
 ROOT = Path(__file__).parents[2]
-SERVER = ("server", "memory", "observe", "cli/serve.py", "configuration")
+SERVER = ("server", "memory", "observe", "cli/serve.py", "config.py", "configuration")
 
 
 def messages() -> set[str]:

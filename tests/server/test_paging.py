@@ -51,13 +51,15 @@ def content(cluster: int) -> bytes:
 
 @pytest.mark.parametrize("seed", range(RUNS))
 async def test_random_load_on_a_disk_that_fails_at_random_with_memory_for_a_sixth(tmp_path: Path, seed: int) -> None:
-    """Four clients on two exports; the budget goes up and down meanwhile."""
+    """Four clients on two exports; the budget goes up and down meanwhile. Each second run has a small disk besides."""
     size, limit = 24 * CLUSTER, MIB
-    swap = (SwapSettings(tmp_path / "swap"),)
+    swap = [SwapSettings(tmp_path / "swap")]
+    if seed % 2:
+        swap.append(SwapSettings(tmp_path / "small", 8 * CLUSTER))
     mode = ALL_MODES[seed % 3]
     with flaky_disk(seed) as disk:
         async with (
-            served(tmp_path, "a=1G", "b=1G,density", memory="1M", swap=swap, write_wait_s=0.5) as server,
+            served(tmp_path, "a=1G", "b=1G,density", memory="1M", swap=tuple(swap), write_wait_s=0.5) as server,
             AsyncExitStack() as stack,
         ):
             budget = server.server.exports.budget
@@ -122,6 +124,28 @@ async def test_a_disk_that_gets_full_while_it_is_demoted_to_loses_nothing_and_is
                 await asyncio.wait_for(fits_again(), 60)
                 for cluster in range(written // 2, written):
                     assert await client.read(cluster * CLUSTER, CLUSTER) == content(cluster)
+
+
+async def test_what_one_disk_has_no_room_for_goes_to_the_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    allowed = 2 * MIB
+    with mounted(tmp_path, "ext4", size_bytes=8 * MIB) as point:
+        swap = (SwapSettings(point), SwapSettings(tmp_path / "small", allowed), SwapSettings(tmp_path / "large"))
+        async with served(tmp_path, "ram=1G", memory="4M", swap=swap) as server, await server.entered() as client:
+            server.server.exports.budget.set_limit(4 * MIB)
+            for cluster in range(768):
+                await client.write(cluster * CLUSTER, NOISE[cluster % 16])
+            full, small, large = server.server.areas
+            assert caplog.text.count("can't write swap: No space left on device") == 1
+            assert full.used_bytes > 4 * MIB
+            assert allowed - MIB < small.used_bytes <= allowed
+            assert large.used_bytes > 30 * MIB
+            for cluster in range(768):
+                assert await client.read(cluster * CLUSTER, CLUSTER) == NOISE[cluster % 16]
+            assert (await client.call(Command.TRIM, 0, 768 * CLUSTER)).error == 0
+            await settled(server)
+            await eventually(lambda: not full.used_bytes + small.used_bytes + large.used_bytes)
 
 
 async def filled(server: Served, client: Client, count: int, tier: Tier) -> dict[int, int]:

@@ -29,6 +29,7 @@ from nbdram.memory.tiers.seal import SEAL_BYTES, Seal
 log = logging.getLogger("nbdram.disk")
 
 SLOT_BYTES: Final = CLUSTER + PAGE
+_MOST_PLACES: Final = 128  # so that a slot is a byte
 _RETRY_S: Final = 1.0  # a disk that has refused a write is asked again after this, or when something was dropped
 _FALLOC_FL_KEEP_SIZE: Final = 1
 _FALLOC_FL_PUNCH_HOLE: Final = 2
@@ -58,12 +59,15 @@ class SwapArea:
         self.failing = False  # it has refused the last write
         self._retry_at = 0.0
         self._seal = Seal(secret, b"nbdram swap", "on disk")
-        if os.path.isfile(path):
+        if os.path.exists(path) and not os.path.isdir(path):
             raise NbdramError(f"can't use {path} for swap: it is not a directory, name one")
         try:
             path.mkdir(mode=0o700, exist_ok=True)
             self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
+            above = path.absolute().parent
+            if isinstance(error, FileNotFoundError) and not above.exists():  # a disk that is not mounted, perhaps
+                raise NbdramError(f"can't use {path} for swap: there is no {above}: mount or make it") from error
             raise NbdramError(f"can't use {path} for swap: {error.strerror}") from error
         try:
             lock_patiently(self._lock, f"{path} is in use by another server: give each its own directory")
@@ -112,6 +116,10 @@ class SwapArea:
         """Whether it is worth trying to store an image."""
         if self.failing and time.monotonic() < self._retry_at:
             return False
+        return self.may_grow()
+
+    def may_grow(self) -> bool:
+        """Whether one more image is within `max_bytes`."""
         return not self.max_bytes or self.used_bytes + SLOT_BYTES <= self.max_bytes
 
     def check_size(self, device_bytes: int) -> None:
@@ -149,7 +157,11 @@ class SwapArea:
 
 
 class DiskTier:
-    """The images of one device, spread over the server's swap areas by cluster."""
+    """The images of one device, spread over the server's swap areas.
+
+    Each cluster has an area of its own, and goes to the next one that has room where that is full or fails. Above the
+    lowest bit of what is called a slot here is how many areas further that is: `far_slot` of a word.
+    """
 
     tier: Final = Tier.DISK
 
@@ -173,15 +185,26 @@ class DiskTier:
             os.close(fd)
         self.files.clear()
 
-    def has_room(self, cluster: int) -> bool:
-        return self.areas[cluster % len(self.areas)].has_room()
+    def has_room(self, _: int = 0) -> bool:
+        return any(area.has_room() for area in self.areas)
 
     def has_any_room(self) -> bool:
-        return any(area.has_room() for area in self.areas)
+        return self.has_room()
+
+    def place(self, cluster: int) -> int:
+        """How many areas further than its own a cluster finds room; 0 if there is none."""
+        places = range(min(len(self.areas), _MOST_PLACES))
+        return next((place for place in places if self.areas[self.number(cluster, place << 1)].has_room()), 0)
+
+    def number(self, cluster: int, slot: int) -> int:
+        """Which area has a slot of a cluster."""
+        return (cluster + (slot >> 1)) % len(self.areas)
 
     def store(self, cluster: int, slot: int, image: bytes) -> None:
         """Seal an image into a free slot. OSError if the disk refuses it; then the slot is empty."""
-        area, fd = self._place(cluster)
+        area, fd = self._where(cluster, slot)
+        if not area.may_grow():  # others were on their way there when it had room
+            raise OSError(errno.ENOSPC, "there is as much as was allowed")
         sealed = area.seal(image, self._label(cluster, slot))
         at = _offset(cluster, slot)
         try:
@@ -202,7 +225,7 @@ class DiskTier:
 
     def load(self, cluster: int, slot: int, length: int) -> bytes:
         """An image of `length` bytes; OSError if the disk fails twice, IntegrityError if it is not what was stored."""
-        area, fd = self._place(cluster)
+        area, fd = self._where(cluster, slot)
         for attempt in (1, 2):
             try:
                 sealed = os.pread(fd, length + SEAL_BYTES, _offset(cluster, slot))
@@ -216,7 +239,7 @@ class DiskTier:
 
     def load_now(self, cluster: int, slot: int, length: int) -> bytes | None:
         """An image that the kernel has in its page cache. None if that would wait for the disk, or does not go well."""
-        area, fd = self._place(cluster)
+        area, fd = self._where(cluster, slot)
         sealed = bytearray(length + SEAL_BYTES)
         try:
             if os.preadv(fd, [sealed], _offset(cluster, slot), os.RWF_NOWAIT) != len(sealed):
@@ -230,7 +253,7 @@ class DiskTier:
         self.writer.submit(self._drop, cluster, slot, length)
 
     def _drop(self, cluster: int, slot: int, length: int) -> None:
-        area, fd = self._place(cluster)
+        area, fd = self._where(cluster, slot)
         try:
             punch_hole(fd, _offset(cluster, slot), SLOT_BYTES)
         except OSError as error:
@@ -252,8 +275,8 @@ class DiskTier:
             log.error("%s: can't punch swap: %s", area.path, error.strerror)
         area.used_bytes += allocated_bytes(fd) - before
 
-    def _place(self, cluster: int) -> tuple[SwapArea, int]:
-        number = cluster % len(self.areas)
+    def _where(self, cluster: int, slot: int) -> tuple[SwapArea, int]:
+        number = self.number(cluster, slot)
         return self.areas[number], self.files[number]
 
     def _label(self, cluster: int, slot: int) -> bytes:
@@ -261,7 +284,7 @@ class DiskTier:
 
 
 def _offset(cluster: int, slot: int) -> int:
-    return (2 * cluster + slot) * SLOT_BYTES
+    return (2 * cluster + (slot & 1)) * SLOT_BYTES
 
 
 def swap_file(directory: Path, identity: UUID) -> Path:
