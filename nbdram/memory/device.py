@@ -22,6 +22,7 @@ from nbdram.memory.layout import (
     LENGTH_SHIFT,
     PAGE,
     PAGE_SHIFT,
+    RAM,
     READ_ONCE,
     READ_ONCE_BESIDE,
     READ_TOUCH,
@@ -130,7 +131,7 @@ class Device(Space):
         word = self.words[cluster]
         within = offset & CLUSTER - 1
         mask = RESIDENT_MASKS[within >> PAGE_SHIFT << 4 | within + end - offset - 1 >> PAGE_SHIFT]
-        if word & mask or word >> TIER_SHIFT & TIER_MASK != Tier.RAM:
+        if word & mask or word >> TIER_SHIFT & TIER_MASK != RAM:
             return None
         self.ram_faults += 1
         if self.ram_faults & _SAMPLED_FAULTS:
@@ -226,8 +227,7 @@ class Device(Space):
         self.resident_pages += new_pages
         self.duplicate_pages += new_pages
         self.refaults += new_pages
-        on_its_way = any(incoming.covers(cluster) for incoming in self.incoming)
-        self.words[cluster] |= mask * RESIDENT_AND_DIRTY if on_its_way else mask
+        self.words[cluster] |= mask * RESIDENT_AND_DIRTY if self.is_receiving(cluster) else mask
         self.references[cluster] = TOUCHED
         for at, content in arrived:
             self.mark_written(at, at + len(content))
@@ -290,7 +290,7 @@ class Device(Space):
         for cluster in range(offset >> CLUSTER_SHIFT, ((end - 1) >> CLUSTER_SHIFT) + 1):
             word = self.word(cluster)
             mask = pages_within(cluster, offset, end)
-            if word >> TIER_SHIFT & TIER_MASK > Tier.RAM and mask & ~word:
+            if word >> TIER_SHIFT & TIER_MASK > RAM and mask & ~word:
                 found.append(cluster)
         return found
 
@@ -304,7 +304,7 @@ class Device(Space):
             word = self.word(cluster)
             if not word >> LENGTH_SHIFT or not pages_within(cluster, offset, end) & ~word:
                 continue
-            if word >> TIER_SHIFT & TIER_MASK > Tier.RAM:
+            if word >> TIER_SHIFT & TIER_MASK > RAM:
                 far.append(cluster)
                 continue
             image = self.ram.load(cluster, word >> SLOT_SHIFT & 1, word >> LENGTH_SHIFT & LENGTH_MASK)

@@ -68,6 +68,8 @@ class Reference(IntEnum):
     REMOTE_TOUCHED = 9
 
 
+# As plain numbers, which are found faster than members of an enumeration.
+RAM: Final = int(Tier.RAM)
 IDLE: Final = int(Reference.IDLE)
 FRESH: Final = int(Reference.FRESH)
 TOUCHED: Final = int(Reference.TOUCHED)
@@ -91,8 +93,8 @@ WRITE_TOUCH: Final = bytes(
     FRESH if value in (Reference.HOLE, FRESH, Reference.COLD, Reference.FAR, Reference.REMOTE) else TOUCHED
     for value in range(256)
 )
-# The reference byte of an idle cluster without resident pages, by the tier of its image.
-COLD_REFERENCE: Final = {Tier.RAM: Reference.COLD, Tier.DISK: Reference.FAR, Tier.REMOTE: Reference.REMOTE}
+# The reference byte of an idle cluster without resident pages, by the tier of its image: tiers are numbers here.
+COLD_REFERENCE: Final = (0, 0, int(Reference.COLD), int(Reference.FAR), int(Reference.REMOTE))
 
 MAX_DEVICE_BYTES: Final = 64 << 40
 

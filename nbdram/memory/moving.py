@@ -130,7 +130,7 @@ class Mover:
         device, cluster = job.device, job.cluster
         image = cold_word(job.length, 0, Tier.REMOTE)
         if device.references[cluster] == Reference.FAR and device.words[cluster] == job.word:
-            device.take_image(cluster, image)
+            device.take_images(cluster, [image])
             self._counters.moved_on += 1
         else:
             device.discard_image(cluster, image)

@@ -64,7 +64,6 @@ ANSWER: Final = Struct("<q")
 READY: Final = b"ready"
 MOST: Final = 64  # clusters in a batch
 _NICE: Final = 19  # serving goes first: a client that waits for memory leaves the processor to us
-_TOO_SHORT: Final = "a memory file is shorter than its device"
 _KEPT_BYTES: Final = 4 << 20  # by who has images on their way to a remote
 
 
@@ -79,23 +78,14 @@ def pack(hot: int, ram: RamTier, codec: Codec, cluster: int, word: int, old: byt
 
 
 def pack_or_read(
-    hot: int,
-    ram: RamTier,
-    codec: Codec,
-    cluster: int,
-    word: int,
-    old: bytes | None = None,
-    *,
-    is_unlikely: bool = False,
+    hot: int, ram: RamTier, codec: Codec, cluster: int, word: int, old: bytes | None = None
 ) -> tuple[int, bytes | bytearray]:
-    """As `pack`; and the cluster's 64 KiB, if it is INCOMPRESSIBLE. `is_unlikely`: it probably is."""
+    """As `pack`; and the cluster's 64 KiB, if it is INCOMPRESSIBLE."""
     image = _old_image(ram, cluster, word, old)
     kept: list[int] = []
     if image and len(image) != CLUSTER:
         kept = [number for number, pages in enumerate(codec.pages_of_blocks) if not word & pages]
     content = _content(hot, codec, cluster, word, image, kept)
-    if is_unlikely and not kept and codec.looks_incompressible(content):
-        return INCOMPRESSIBLE, content
     parts = codec.encode(memoryview(content), image if kept else b"", kept)
     if parts is None:
         return ZEROS, b""
@@ -126,10 +116,10 @@ def _content(
     hot: int, codec: Codec, cluster: int, word: int, image: bytes, unseen: Container[int] = ()
 ) -> bytes | bytearray:
     """A cluster's 64 KiB; zeros where blocks are `unseen`."""
+    base = cluster << CLUSTER_SHIFT
     if word & RESIDENT == RESIDENT:
-        whole = os.pread(hot, CLUSTER, cluster << CLUSTER_SHIFT)
-        if len(whole) != CLUSTER:
-            raise OSError(errno.EIO, _TOO_SHORT)
+        whole = os.pread(hot, CLUSTER, base)
+        _check_length(len(whole), CLUSTER)
         return whole
     content = bytearray(CLUSTER)
     view = memoryview(content)
@@ -141,9 +131,13 @@ def _content(
                 view[at : at + size] = piece
     for first, after in page_runs(word & RESIDENT):
         part = view[first * PAGE : after * PAGE]
-        if os.preadv(hot, [part], (cluster << CLUSTER_SHIFT) + first * PAGE) != len(part):
-            raise OSError(errno.EIO, _TOO_SHORT)
+        _check_length(os.preadv(hot, [part], base + first * PAGE), len(part))
     return content
+
+
+def _check_length(length: int, wanted: int) -> None:
+    if length != wanted:
+        raise OSError(errno.EIO, "a memory file is shorter than its device")
 
 
 def free_slot(word: int, tier: Tier) -> int:
@@ -215,7 +209,7 @@ def _send_all(sending: "Sending", head: bytes, records: bytes, files: list[int])
             ram = RamTier(cold)
             image: bytes | bytearray
             if word & RESIDENT:
-                packed, image = pack_or_read(hot, ram, _codec(block_bytes, level), cluster, word, is_unlikely=True)
+                packed, image = pack_or_read(hot, ram, _codec(block_bytes, level), cluster, word)
                 if packed != INCOMPRESSIBLE:
                     sending.settle([((batch, at, packed), True)])
                     continue

@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
 from nbdram.memory.budget import Budget
@@ -33,9 +34,11 @@ from nbdram.memory.codec import IntegrityError
 from nbdram.memory.device import Device
 from nbdram.memory.layout import (
     DIRTY_SHIFT,
+    IDLE,
     LENGTH_MASK,
     LENGTH_SHIFT,
     PAGE,
+    RAM,
     RESIDENT,
     TIER_MASK,
     TIER_SHIFT,
@@ -95,7 +98,7 @@ class _Job:
     @property
     def is_near(self) -> bool:
         """Whether the process can make an image of it: of what is resident, over one in RAM at most."""
-        return bool(self.word & RESIDENT) and self.word >> TIER_SHIFT & TIER_MASK <= Tier.RAM
+        return bool(self.word & RESIDENT) and self.word >> TIER_SHIFT & TIER_MASK <= RAM
 
 
 class Reclaimer:
@@ -278,7 +281,7 @@ class Reclaimer:
             else:
                 victims, came_round = self._clock.take(devices, BATCH - len(jobs))
             for device, cluster in victims:
-                if cluster in device.reclaiming or any(i.covers(cluster) for i in device.incoming):
+                if cluster in device.reclaiming or device.is_receiving(cluster):
                     continue
                 word = device.words[cluster]
                 if word >> DIRTY_SHIFT & RESIDENT or not word & RESIDENT:
@@ -287,7 +290,7 @@ class Reclaimer:
                     jobs.append(_Job(device, cluster, word))
                     device.reclaiming.add(cluster)
                     if word & RESIDENT:
-                        device.references[cluster] = Reference.IDLE
+                        device.references[cluster] = IDLE
                 else:
                     device.drop_resident(cluster)
                     self.counters.dropped_clean += 1
@@ -319,7 +322,7 @@ class Reclaimer:
         if packers is None or packer is None:
             return jobs
         for job in jobs:
-            _hand_over(packer, job)
+            _hand_over(packers.first, job)
         near = [job for job in jobs if job.is_near and not job.handed]
         if near:
             images = await packer.pack([(job.device, job.cluster, job.word) for job in near])
@@ -329,34 +332,50 @@ class Reclaimer:
                 if image == FAILED:  # the process was lost, perhaps: in the middle of it
                     job.device.release_stray(job.cluster)
                 elif image == INCOMPRESSIBLE:
-                    _hand_over(packer, job)
-        await _send(packer, [job for job in jobs if job.handed])
+                    _hand_over(packers.first, job)
+        await _send(packers.first, [job for job in jobs if job.handed])
         return [job for job in jobs if job.image in (FAILED, INCOMPRESSIBLE)]
 
     async def _collect(self) -> None:
         done, _ = await asyncio.wait(self._at_work, timeout=LATE_S, return_when=asyncio.FIRST_COMPLETED)
         for batch in done:
-            await asyncio.sleep(0)  # to settle one takes a third of a millisecond
-            jobs = self._at_work.pop(batch)
+            await asyncio.sleep(0)  # to settle one takes a quarter of a millisecond
             if error := batch.exception():
                 self._surprised(error)
-            for job in jobs:
-                if job.error:
-                    self._surprised(job.error)
-                try:
-                    self._settle(job)
-                except Exception as surprise:
-                    self._surprised(surprise)
-                    with suppress(Exception):
-                        job.device.release_stray(job.cluster)  # an image that is nobody's
+            self._settle(self._at_work.pop(batch))
 
-    def _settle(self, job: _Job) -> None:
-        """Let the image take the cluster's place, if nobody has touched it meanwhile (rule 1)."""
+    def _settle(self, jobs: list[_Job]) -> None:
+        """Let images take the place of their clusters; those of neighbours together."""
+        won = []
+        for job in jobs:
+            if job.error:
+                self._surprised(job.error)
+            try:
+                if self._is_won(job):
+                    won.append(job)
+            except Exception as error:
+                self._not_settled([job], error)
+        for _, numbered in groupby(enumerate(won), lambda pair: (pair[1].device, pair[1].cluster - pair[0])):
+            neighbours = [job for _, job in numbered]
+            first = neighbours[0]
+            try:
+                first.device.take_images(first.cluster, [job.image for job in neighbours])
+            except Exception as error:
+                self._not_settled(neighbours, error)
+
+    def _not_settled(self, jobs: list[_Job], error: Exception) -> None:
+        self._surprised(error)
+        for job in jobs:
+            with suppress(Exception):
+                job.device.release_stray(job.cluster)  # an image that is nobody's
+
+    def _is_won(self, job: _Job) -> bool:
+        """Whether there is an image, and nobody has touched the cluster meanwhile (rule 1)."""
         device, cluster = job.device, job.cluster
         device.reclaiming.discard(cluster)
-        idle = Reference.IDLE if job.word & RESIDENT else cold_reference(job.word)
+        idle = IDLE if job.word & RESIDENT else cold_reference(job.word)
         unchanged = device.references[cluster] == idle and device.words[cluster] == job.word
-        if not unchanged or any(i.covers(cluster) for i in device.incoming):
+        if not unchanged or device.is_receiving(cluster):
             self.counters.thrown_away += 1
             if job.image >= 0:
                 self._gains += 1
@@ -376,7 +395,8 @@ class Reclaimer:
             else:
                 self.counters.demoted += 1
             self._gains += 1
-            device.take_image(cluster, job.image)
+            return True
+        return False
 
 
 async def _send(packer: Packer, jobs: list[_Job]) -> None:

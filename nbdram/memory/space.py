@@ -21,7 +21,7 @@ import errno
 import mmap
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 from weakref import WeakValueDictionary
 
@@ -36,6 +36,7 @@ from nbdram.memory.layout import (
     LENGTH_SHIFT,
     PAGE,
     PAGE_SHIFT,
+    RAM,
     RESIDENT,
     SLOT_SHIFT,
     TIER_MASK,
@@ -372,7 +373,7 @@ class Space:
             return
         pages = image_pages(length)
         self.duplicate_pages -= (word & RESIDENT).bit_count()
-        if word >> TIER_SHIFT & TIER_MASK == Tier.RAM:
+        if word >> TIER_SHIFT & TIER_MASK == RAM:
             self.ram.drop(cluster, word >> SLOT_SHIFT & 1, length)
             self.cold_pages -= pages
             self.cold_clusters -= 1
@@ -402,22 +403,32 @@ class Space:
         self.duplicate_pages -= pages
         self.release(base, base + CLUSTER, pages)
 
-    def take_image(self, cluster: int, image: int) -> None:
-        """A new image, described by the word `image`, has all of the cluster from now on."""
-        old = self.words[cluster]
-        self.words[cluster] = image
-        self.references[cluster] = cold_reference(image)
-        pages = image_pages(image >> LENGTH_SHIFT & LENGTH_MASK)
-        if image >> TIER_SHIFT & TIER_MASK == Tier.RAM:
-            self.cold_pages += pages
-            self.cold_clusters += 1
-            self.budget.free_pages -= pages
-        else:
-            self._count_far(image, 1, pages)
-        if old & RESIDENT:
-            base = cluster << CLUSTER_SHIFT
-            self.release(base, base + CLUSTER, (old & RESIDENT).bit_count())
-        self.drop_image(cluster, old)
+    def take_images(self, first: int, images: Sequence[int]) -> None:
+        """New images, described by words, have all of neighbouring clusters from now on, the first of which is `first`.
+
+        Their pages are punched together.
+        """
+        after = first + len(images)
+        words, references = self.words, self.references
+        replaced = words[first:after].tolist()
+        resident = 0
+        for cluster, image, old in zip(range(first, after), images, replaced, strict=True):
+            words[cluster] = image
+            tier = image >> TIER_SHIFT & TIER_MASK
+            references[cluster] = COLD_REFERENCE[tier]
+            pages = image_pages(image >> LENGTH_SHIFT & LENGTH_MASK)
+            if tier == RAM:
+                self.cold_pages += pages
+                self.cold_clusters += 1
+                self.budget.free_pages -= pages
+            else:
+                self._count_far(image, 1, pages)
+            resident += (old & RESIDENT).bit_count()
+        if resident:
+            self.release(first << CLUSTER_SHIFT, after << CLUSTER_SHIFT, resident)
+        for cluster, old in zip(range(first, after), replaced, strict=True):
+            if old >> LENGTH_SHIFT:
+                self.drop_image(cluster, old)
 
     def far_tier(self, word: int) -> "DiskTier | RemoteTier":
         """The tier that has the image of a word that is not in RAM."""
@@ -457,6 +468,13 @@ class Space:
             self.hot[at : at + len(content)] = content
         self.resident_pages -= pages
         self.budget.give(pages)
+
+    def is_receiving(self, cluster: int) -> bool:
+        """Whether a write in progress may change the cluster."""
+        for incoming in self.incoming:  # noqa: SIM110, a generator takes longer than all of them
+            if incoming.covers(cluster):
+                return True
+        return False
 
     def arrived(self, start: int, end: int) -> list[tuple[int, bytes]]:
         """What writes in progress have received of pages in [start, end) that have no bit yet: not ours to punch."""
@@ -525,6 +543,6 @@ def tiers_of(word: int, start: int, stop: int) -> list[Extent]:
     return found
 
 
-def cold_reference(word: int) -> Reference:
+def cold_reference(word: int) -> int:
     """The reference byte of an idle cluster without resident pages."""
-    return COLD_REFERENCE[Tier(word >> TIER_SHIFT & TIER_MASK)]
+    return COLD_REFERENCE[word >> TIER_SHIFT & TIER_MASK]

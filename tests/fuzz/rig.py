@@ -152,7 +152,7 @@ class Rig:
     def _freeze(self, cluster: int) -> None:
         device = self.device
         word = device.word(cluster)
-        if not word or cluster in device.reclaiming or any(i.covers(cluster) for i in device.incoming):
+        if not word or cluster in device.reclaiming or device.is_receiving(cluster):
             return
         if word & RESIDENT and not word >> DIRTY_SHIFT & RESIDENT and word >> LENGTH_SHIFT:
             device.drop_resident(cluster)
@@ -172,7 +172,7 @@ class Rig:
 
     def _settle(self) -> None:
         if self.jobs:
-            self.reclaimer._settle(self.jobs.pop(0))
+            self.reclaimer._settle([self.jobs.pop(0)])
             self.budget.freed()
 
     # -- the end -----------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ def evict(device: Device, cluster: int) -> bool:
         return False
     slot = 1 - (word >> SLOT_SHIFT & 1) if word >> LENGTH_SHIFT else 0
     device.ram.store(cluster, slot, image)
-    device.take_image(cluster, cold_word(length, slot, Tier.RAM))
+    device.take_images(cluster, [cold_word(length, slot, Tier.RAM)])
     return True
 
 

@@ -40,7 +40,7 @@ class SlowDisk:
         self.device.write(cluster * CLUSTER, content)
         assert self.device.disk
         self.device.disk.writer.submit(self.device.disk.store, cluster, 0, content).result()
-        self.device.take_image(cluster, cold_word(CLUSTER, 0, Tier.DISK))
+        self.device.take_images(cluster, [cold_word(CLUSTER, 0, Tier.DISK)])
 
 
 async def begun(slow: SlowDisk, loads: int) -> None:

@@ -4,7 +4,6 @@ import asyncio
 import os
 import random
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator, Container, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -103,22 +102,22 @@ async def test_all_kinds_of_clusters_are_packed_as_a_thread_would(device: Device
         assert image_of(device, 0, whole) == contents[0]
         assert image_of(device, 3, part) == contents[3]
         # A page over an image: the image's other pages are in the next one, which is in the other slot.
-        device.take_image(0, whole)
+        device.take_images(0, [whole])
         device.write(7 * PAGE, b"n" * PAGE)
         merged = contents[0][: 7 * PAGE] + b"n" * PAGE + contents[0][8 * PAGE :]
         assert device.words[0] & RESIDENT == 1 << 7
         (over,) = await packer.pack([(device, 0, device.words[0])])
         assert over >> SLOT_SHIFT & 1 != whole >> SLOT_SHIFT & 1
         assert image_of(device, 0, over) == merged == device.read(0, CLUSTER)
-        device.take_image(0, over)
-        device.take_image(3, part)
+        device.take_images(0, [over])
+        device.take_images(3, [part])
 
 
 async def test_an_old_image_that_is_damaged_is_left_to_a_thread_to_tell(device: Device) -> None:
     device.write(0, text(0))
     async with started() as packer:
         (image,) = await packer.pack([(device, 0, device.words[0])])
-        device.take_image(0, image)
+        device.take_images(0, [image])
         os.pwrite(device.ram.fd, b"?" * 64, 0)
         device.write(PAGE, b"n" * PAGE)
         assert await packer.pack([(device, 0, device.words[0])]) == [packing.FAILED]
@@ -127,14 +126,14 @@ async def test_an_old_image_that_is_damaged_is_left_to_a_thread_to_tell(device: 
 def test_blocks_of_which_nothing_is_resident_are_taken_as_they_are_with_their_damage() -> None:
     device = Device("paged", MIB, Budget(8 * MIB))
     device.write(0, text(0))
-    device.take_image(0, pack(device, 0))
+    device.take_images(0, [pack(device, 0)])
     device.write(7 * PAGE, b"n" * PAGE)
     device.write(8 * PAGE, b"m" * (4 * PAGE))  # a whole block, another one in part
     before = device.load_image(0, device.words[0])
     damaged = bytearray(before)
     damaged[-1] ^= 1  # of the last block
     os.pwrite(device.ram.fd, damaged, (device.words[0] >> SLOT_SHIFT & 1) * CLUSTER)
-    device.take_image(0, pack(device, 0))
+    device.take_images(0, [pack(device, 0)])
     expected = text(0)[: 7 * PAGE] + b"n" * PAGE + b"m" * (4 * PAGE)
     assert device.read(0, 12 * PAGE) == expected
     with pytest.raises(IntegrityError, match="checksum"):
@@ -145,7 +144,7 @@ def test_blocks_of_which_nothing_is_resident_are_taken_as_they_are_with_their_da
 def test_an_old_image_that_is_gone_or_whose_header_is_damaged_is_not_built_upon() -> None:
     device = Device("paged", MIB, Budget(8 * MIB))
     device.write(0, text(0))
-    device.take_image(0, pack(device, 0))
+    device.take_images(0, [pack(device, 0)])
     device.write(PAGE, b"n" * PAGE)
     whole = device.load_image(0, device.words[0])
     for damaged in (bytes(len(whole)), whole[:12] + b"\x01" + whole[13:]):
@@ -288,20 +287,6 @@ async def test_what_the_process_answered_before_it_was_lost_is_kept(
             await ready(packer)
         assert len(lost) == 5
         assert not device.integrity_errors
-
-
-async def test_of_the_processes_that_are_connected_to_a_remote_the_first_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    packers = Packers(most=2)
-    pids = []
-    for packer in packers:
-        await ready(packer)
-        with socket.socket() as line:
-            packer.give_line(1, 0, bytes(32), line.fileno())
-        pids.append(packer.pid)
-    monkeypatch.setattr(packer_module, "_IDLE_S", 0.0)
-    await packers.end_idle()
-    assert [packer.pid for packer in packers] == [pids[0], None]
-    await packers.stop()
 
 
 async def test_the_process_goes_last_in_its_session_and_its_session_among_others() -> None:

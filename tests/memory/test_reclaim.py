@@ -109,8 +109,8 @@ def in_the_clock(reclaimer: Reclaimer, device: Device, patch: pytest.MonkeyPatch
 
 
 def in_settling(reclaimer: Reclaimer, device: Device, patch: pytest.MonkeyPatch) -> Once:
-    once = Once(ValueError("operation forbidden on released memoryview object"), device.take_image, 3)
-    patch.setattr(device, "take_image", once)
+    once = Once(ValueError("operation forbidden on released memoryview object"), device.take_images, 3)
+    patch.setattr(device, "take_images", once)
     return once
 
 
@@ -208,7 +208,7 @@ def test_what_is_trimmed_and_written_anew_while_it_is_compressed_is_not_taken_fo
         found, came_round = reclaimer._pick(images=False)
         assert not found
         hand_comes_by = not came_round
-    reclaimer._settle(jobs[0])
+    reclaimer._settle(jobs)
     assert reclaimer.counters.thrown_away == 1
     assert device.read(0, CLUSTER) == b"new " * (CLUSTER // 4)
 

@@ -246,7 +246,7 @@ def test_swap_files_survive_under_their_name_and_stray_slots_are_punched(path: P
         device.write(0, b"far" * 100)
         image = b"".join(device.codec.encode(memoryview(device.hot)[:CLUSTER]) or ())
         disk.store(0, 1, image)
-        device.take_image(0, cold_word(len(image), 1, Tier.DISK))
+        device.take_images(0, [cold_word(len(image), 1, Tier.DISK)])
         disk.store(0, 0, b"never became true")
         area.close()
         leave(state, device)
@@ -275,7 +275,7 @@ def test_an_image_is_found_in_the_area_where_it_was_put_and_what_is_in_its_own_i
         device.write(0, b"far" * 100)
         image = b"".join(device.codec.encode(memoryview(device.hot)[:CLUSTER]) or ())
         disk.store(0, 3, image)
-        device.take_image(0, cold_word(len(image), 3, Tier.DISK))
+        device.take_images(0, [cold_word(len(image), 3, Tier.DISK)])
         disk.store(0, 1, b"never became true")
         leave(state, device)
     with taken_up(path) as device, ThreadPoolExecutor(1) as writer:

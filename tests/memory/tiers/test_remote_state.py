@@ -35,7 +35,7 @@ def state(redis_cluster: Cluster, shm: Path) -> Path:
     for at in range(COUNT):
         device.write(at * CLUSTER, b"%05d" % at * 13107 + b"!")
         device.remote.store(at, 0, bytes(device.hot_view[at * CLUSTER : (at + 1) * CLUSTER]))
-        device.take_image(at, cold_word(CLUSTER, 0, Tier.REMOTE))
+        device.take_images(at, [cold_word(CLUSTER, 0, Tier.REMOTE)])
     device.write(COUNT * CLUSTER, b"resident")
     exports.close()
     remote.close()
