@@ -63,6 +63,8 @@ def _print_tiers(extents: list[tuple[int, int, int]], size: int, *, as_json: boo
 def draw(extents: list[tuple[int, int, int]], size: int) -> list[str]:
     """The part of the device that is in use as a picture: each mark is the tier that most of its data is in."""
     used = max((offset + length for offset, length, tier in extents if tier), default=0)
+    if not used:
+        return [f"nothing is stored in all of {format_size(size)}"]
     cell = max(4096, -(-used // (_COLUMNS * _ROWS)))
     weights: list[dict[int, int]] = [{} for _ in range(-(-used // cell))]
     for offset, length, tier in extents:

@@ -11,6 +11,7 @@ from nbdram.config import format_size
 from nbdram.observe.control import ask, default_path
 
 _RATE_OVER_S = 1.0
+_MOST_EXPORTS = 20  # so that it is one screen
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -62,10 +63,17 @@ def render(before: dict[str, Any], now: dict[str, Any], seconds: float) -> str:
     lines = [f"{label:20}{value}" for label, value in rows]
     lines.append("")
     lines.append(f"{'export':24}{'maximum':>12}{'resident':>12}{'compressed':>12}{'disk':>12}{'remote':>12}")
-    for export in now["exports"]:
+    fullest = sorted(now["exports"], key=_held, reverse=True)[:_MOST_EXPORTS]
+    for export in filter(fullest.__contains__, now["exports"]):
         sizes = (export[key] for key in ("maximum", "resident", "compressed", "disk", "remote"))
         lines.append(f"{export['name'][:23]:24}" + "".join(f"{format_size(size):>12}" for size in sizes))
+    if more := len(now["exports"]) - len(fullest):
+        lines.append(f"... and {more} more, which hold less: `nbdram exports` and `--json` have all")
     return "\n".join(lines)
+
+
+def _held(export: dict[str, Any]) -> int:
+    return sum(export[key] for key in ("resident", "compressed", "disk", "remote"))
 
 
 def _reclaimed(snapshot: dict[str, Any]) -> int:

@@ -1,5 +1,6 @@
 """How much memory this process may use: what the kernel has, and what control groups allow."""
 
+from itertools import product
 from pathlib import Path
 
 _NO_LIMIT = 1 << 60  # cgroup v1 writes "no limit" as a number about this large
@@ -17,22 +18,24 @@ def most_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup
 
 
 def cgroup_limits(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """The memory limits, in bytes, of this process's control group and its ancestors, v1 and v2."""
+    """The memory limits, in bytes, of this process's control group and its ancestors, v1 and v2.
+
+    `memory.high` is one as well: who is above it is slowed down all the time.
+    """
     limits = []
     for line in (proc / "self/cgroup").read_text().splitlines():
         _, controllers, group = line.split(":", 2)
         if controllers == "":
-            mounts, name = [cgroups, cgroups / "unified"], "memory.max"
+            mounts, names = [cgroups, cgroups / "unified"], ["memory.max", "memory.high"]
         elif "memory" in controllers.split(","):
-            mounts, name = [cgroups / "memory"], "memory.limit_in_bytes"
+            mounts, names = [cgroups / "memory"], ["memory.limit_in_bytes"]
         else:
             continue
         relative = Path(group.lstrip("/"))
-        for mount in mounts:
-            for ancestor in (relative, *relative.parents):
-                limit = _number(mount / ancestor / name)
-                if limit is not None and limit < _NO_LIMIT:
-                    limits.append(limit)
+        for mount, ancestor, name in product(mounts, (relative, *relative.parents), names):
+            limit = _number(mount / ancestor / name)
+            if limit is not None and limit < _NO_LIMIT:
+                limits.append(limit)
     return limits
 
 

@@ -21,20 +21,21 @@ def pressure_file(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgro
     """Where the kernel tells our memory pressure; None if it does not."""
     for line in (proc / "self/cgroup").read_text().splitlines():
         _, controllers, group = line.split(":", 2)
-        own = cgroups / group.lstrip("/") / "memory.pressure"
-        if controllers == "" and own.exists():
-            return own
+        for mount in (cgroups, cgroups / "unified"):
+            own = mount / group.lstrip("/") / "memory.pressure"
+            if controllers == "" and own.exists():
+                return own
     whole = proc / "pressure/memory"
     return whole if whole.exists() else None
 
 
 def read_pressure(path: Path) -> float:
-    """The percentage of the last ten seconds in which some task waited for memory."""
+    """The percentage of the last ten seconds in which some task waited for memory. OSError if it is not told."""
     for line in path.read_text().splitlines():
         if line.startswith("some "):
             fields = dict(field.split("=") for field in line.split()[1:])
             return float(fields["avg10"])
-    raise ValueError(f"{path} is not a pressure file")
+    raise OSError(f"{path} is not a pressure file")
 
 
 class AutoBudget:

@@ -210,14 +210,13 @@ class Server:
                 self._doors.append(Door(sock, self.service, self._connect, tls=bool(self.settings.tls)))
 
     async def _follow_pressure(self) -> None:
-        path = pressure_file()
-        if path is None:
-            log.warning("--memory auto: this kernel does not tell memory pressure; the budget stays as it is")
-            return
-        self.auto_budget = auto = AutoBudget(self.exports.budget, path, MIN_MEMORY)
-        while True:
-            await asyncio.sleep(INTERVAL_S)
-            auto.step()
+        if path := pressure_file():
+            self.auto_budget = auto = AutoBudget(self.exports.budget, path, MIN_MEMORY)
+            with suppress(OSError):  # a control group's may be switched off
+                while True:
+                    auto.step()
+                    await asyncio.sleep(INTERVAL_S)
+        log.warning("--memory auto: this kernel does not tell memory pressure; the budget stays as it is")
 
     def _open_control(self) -> ControlServer | None:
         """The control socket; if nobody asked for one, a second server on the same host goes without."""

@@ -276,7 +276,7 @@ def test_the_picture_shows_what_each_cell_holds_most_of() -> None:
 
 
 def test_the_picture_of_nothing_says_so() -> None:
-    assert draw([(0, TIB, 0)], TIB) == ["each mark is 4 KiB; nothing is stored behind 0 bytes of 1 TiB"]
+    assert draw([(0, TIB, 0)], TIB) == ["nothing is stored in all of 1 TiB"]
 
 
 def test_rates_and_ratios_are_of_what_was_measured() -> None:
@@ -312,3 +312,9 @@ def test_rates_and_ratios_are_of_what_was_measured() -> None:
     assert rows["faults from remote"] == "9 (p50 5 us, p99 17 us)"
     assert rows["reclaim"] == "150 clusters/s; 300 in all, 0 thrown away"
     assert rows["errors"] == "0, damaged images 1"
+
+    many = [export | {"name": f"number {number}", "disk": number * MIB} for number in range(1000)]
+    screen = render(now, now | {"exports": many}, 1.0).splitlines()
+    assert len(screen) < 40
+    assert [line.split()[1] for line in screen[-21:-1]] == [str(number) for number in range(980, 1000)]
+    assert screen[-1] == "... and 980 more, which hold less: `nbdram exports` and `--json` have all"

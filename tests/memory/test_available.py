@@ -25,9 +25,9 @@ def test_without_limits_the_machine_is_the_limit(machine: tuple[Path, Path]) -> 
     assert default_budget(*machine) == 300 * MIB
 
 
-@pytest.mark.parametrize("group", ["outer", "outer/inner"])
-def test_a_lower_limit_of_any_control_group_counts(machine: tuple[Path, Path], group: str) -> None:
-    (machine[1] / group / "memory.max").write_text(f"{200 * MIB}\n")
+@pytest.mark.parametrize("file", ["outer/memory.max", "outer/inner/memory.max", "outer/memory.high"])
+def test_a_lower_limit_of_any_control_group_counts(machine: tuple[Path, Path], file: str) -> None:
+    (machine[1] / file).write_text(f"{200 * MIB}\n")
     assert most_memory(*machine) == (200 * MIB, "the control group allows")
     assert default_budget(*machine) == 100 * MIB
 

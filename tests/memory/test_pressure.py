@@ -2,9 +2,13 @@
 
 from pathlib import Path
 
+import pytest
+
 from nbdram.memory.budget import Budget
 from nbdram.memory.layout import PAGE
 from nbdram.memory.pressure import AutoBudget, pressure_file, read_pressure
+from nbdram.server import server as servers
+from tests.helpers import eventually, served
 
 MIB = 1 << 20
 
@@ -25,6 +29,8 @@ def test_the_own_control_group_comes_before_the_machine(tmp_path: Path) -> None:
     (tmp_path / "proc/self/cgroup").write_text("0::/job\n")
     write_pressure(tmp_path / "proc/pressure/memory", 0)
     assert pressure_file(tmp_path / "proc", tmp_path / "cg") == tmp_path / "proc/pressure/memory"
+    write_pressure(tmp_path / "cg/unified/job/memory.pressure", 0)
+    assert pressure_file(tmp_path / "proc", tmp_path / "cg") == tmp_path / "cg/unified/job/memory.pressure"
     write_pressure(tmp_path / "cg/job/memory.pressure", 0)
     assert pressure_file(tmp_path / "proc", tmp_path / "cg") == tmp_path / "cg/job/memory.pressure"
 
@@ -51,3 +57,20 @@ def test_pressure_lowers_the_budget_and_quiet_raises_it_again(tmp_path: Path) ->
     for _ in range(30):
         auto.step()
     assert budget.limit_pages * PAGE == 100 * MIB
+
+
+async def test_a_server_follows_the_pressure_until_it_is_not_told_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "memory"
+    write_pressure(path, 40)
+    monkeypatch.setattr(servers, "INTERVAL_S", 0.01)
+    monkeypatch.setattr(servers, "pressure_file", lambda: path)
+    async with served(tmp_path, "ram=1G", memory="64M", follow_pressure=True) as server:
+        budget, whole = server.server.exports.budget, server.server.settings.memory // PAGE
+        await eventually(lambda: budget.limit_pages * PAGE == servers.MIN_MEMORY)
+        write_pressure(path, 0)
+        await eventually(lambda: budget.limit_pages == whole)
+        path.write_text("")
+        await eventually(lambda: "this kernel does not tell memory pressure" in caplog.text)
+        assert budget.limit_pages == whole
