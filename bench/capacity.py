@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Final
 
 from bench import report
+from nbdram.config import parse_size
+from nbdram.errors import UsageError
 
 _CLUSTER: Final = 64 << 10
 _KIB, _GIB, _TIB = 1 << 10, 1 << 30, 1 << 40
@@ -70,6 +72,7 @@ def plan(content: int, facts: Facts) -> Plan:
     masters_for_network = math.ceil((fault_traffic + demotion_traffic + replication_traffic) / a_node)
     masters = max(3, masters_for_memory, masters_for_network)
     nodes = masters * (1 + facts.replicas)
+    clusters = math.ceil(nodes / _MOST_NODES)
     return Plan(
         content=content,
         stored=stored,
@@ -78,8 +81,8 @@ def plan(content: int, facts: Facts) -> Plan:
         masters_for_network=masters_for_network,
         masters=masters,
         nodes=nodes,
-        clusters=math.ceil(nodes / _MOST_NODES),
-        servers=math.ceil(content / facts.server_content),
+        clusters=clusters,
+        servers=max(clusters, math.ceil(content / facts.server_content)),  # a server has one remote
         index=images * facts.index_bytes,
         fault_traffic=fault_traffic,
         demotion_traffic=demotion_traffic,
@@ -108,8 +111,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for field in fields(Facts):
         name = f"--{field.name.replace('_', '-')}"
         parser.add_argument(name, type=type(field.default), default=field.default, help="default: %(default)s")
-    facts = replace(Facts(), **vars(parser.parse_args(arguments)))
-    print(table(DEFAULT_SIZES, facts))
+    parser.add_argument("sizes", metavar="SIZE", nargs="*", help="content, as in 40T; default: 1T 100T 10P")
+    given = vars(parser.parse_args(arguments))
+    try:
+        sizes = [parse_size(text) for text in given.pop("sizes")]
+        if 0 in sizes:
+            raise UsageError("there is nothing to plan for 0 bytes")
+    except UsageError as error:
+        parser.error(str(error))
+    print(table(sizes or DEFAULT_SIZES, replace(Facts(), **given)))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,10 @@ EVENTS: Final[dict[str, tuple[str, ...]]] = {
     "%s: cold data can be stored again": ("remote_recovered", "remote"),
     "%s: not all data could be removed; nbdram gc-remote does the rest": ("remote_leftovers", "remote"),
     "%s: an unexpected error": ("remote_crashed", "node"),
+    "%s does not answer: %s; it has %g s": ("remote_awaited", "remote", "reason", "seconds"),
+    "%s has %d replicas of some of its masters: with replicas=%d nothing is stored there until it has more": (
+        *("remote_few_replicas", "remote", "replicas", "asked"),
+    ),
     "--memory %s is more than %s: using %s": ("memory_limited", "asked", "limit", "used"),
     "--memory auto: this kernel does not tell memory pressure; the budget stays as it is": ("pressure_unknown",),
     "took up %d exports in %.3f s": ("state_taken_up", "exports", "seconds"),

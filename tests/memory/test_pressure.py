@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdram.config import MIN_MEMORY
 from nbdram.memory.budget import Budget
 from nbdram.memory.layout import PAGE
 from nbdram.memory.pressure import AutoBudget, pressure_file, read_pressure
@@ -68,7 +69,7 @@ async def test_a_server_follows_the_pressure_until_it_is_not_told_any_more(
     monkeypatch.setattr(servers, "pressure_file", lambda: path)
     async with served(tmp_path, "ram=1G", memory="64M", follow_pressure=True) as server:
         budget, whole = server.server.exports.budget, server.server.settings.memory // PAGE
-        await eventually(lambda: budget.limit_pages * PAGE == servers.MIN_MEMORY)
+        await eventually(lambda: budget.limit_pages * PAGE == MIN_MEMORY)
         write_pressure(path, 0)
         await eventually(lambda: budget.limit_pages == whole)
         path.write_text("")

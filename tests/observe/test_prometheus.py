@@ -20,10 +20,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from nbdram.config import Endpoint, ExportSettings, ServeSettings, SwapSettings
 from nbdram.memory.reclaim import anonymous_bytes
+from nbdram.memory.tiers.remote_settings import RemoteSettings
 from nbdram.observe.exposition import Exposition
 from nbdram.server.server import Server
 
 from ..helpers import CLUSTER, GIB, MIB, PAGE, Client, dial, served
+from ..memory.tiers.redis_cluster import Node
+from ..memory.tiers.redis_cluster import server as redis_server
 from .test_web import port_of
 from .tools import tool
 
@@ -79,7 +82,7 @@ def prometheus(directory: Path, target_port: int) -> Iterator[Prometheus]:
 
 
 @asynccontextmanager
-async def under_load(directory: Path) -> AsyncIterator[Server]:
+async def under_load(directory: Path, remote: Node) -> AsyncIterator[Server]:
     """A server whose data does not fit into its memory, and two clients that use it."""
     server = Server(
         ServeSettings(
@@ -87,6 +90,7 @@ async def under_load(directory: Path) -> AsyncIterator[Server]:
             listen=(Endpoint(path=str(directory / "nbd.sock")),),
             memory=120 * MIB + anonymous_bytes(),
             swap=(SwapSettings(directory / "swap", GIB),),
+            remote=RemoteSettings((("127.0.0.1", remote.port),)),
             control=directory / "control",
             metrics=Endpoint(host="127.0.0.1", port=0),
             metrics_required=True,
@@ -148,20 +152,25 @@ def filled_in(expression: str) -> str:
 
 
 async def test_every_panel_rule_and_alert_has_data_of_a_server_under_load(tmp_path: Path) -> None:
-    async with under_load(tmp_path) as server:
-        with prometheus(tmp_path, port_of(server)) as prom:
-            waiting = expressions()
-            waiting["the load"] = 'sum (rate(nbdram_requests_total{command="read"}[1m])) > 0'
-            waiting["paging"] = 'nbdram_reclaim_clusters_total{result="compressed"} > 0'
-            try:
-                async with asyncio.timeout(PATIENCE_S):
-                    while waiting:
-                        for place, expression in list(waiting.items()):
-                            if await asyncio.to_thread(prom.ask, filled_in(expression)):
-                                del waiting[place]
-                        await asyncio.sleep(0.1)
-            except TimeoutError:
-                pytest.fail(f"no data: {waiting}")
+    with redis_server(tmp_path / "redis") as remote:
+        async with under_load(tmp_path, remote) as server:
+            await has_all_data(tmp_path, port_of(server))
+
+
+async def has_all_data(directory: Path, port: int) -> None:
+    with prometheus(directory, port) as prom:
+        waiting = expressions()
+        waiting["the load"] = 'sum (rate(nbdram_requests_total{command="read"}[1m])) > 0'
+        waiting["paging"] = 'nbdram_reclaim_clusters_total{result="compressed"} > 0'
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                while waiting:
+                    for place, expression in list(waiting.items()):
+                        if await asyncio.to_thread(prom.ask, filled_in(expression)):
+                            del waiting[place]
+                    await asyncio.sleep(0.1)
+        except TimeoutError:
+            pytest.fail(f"no data: {waiting}")
 
 
 def test_whole_alerts_are_understood_and_fire_when_they_should() -> None:
@@ -219,8 +228,8 @@ async def test_only_metrics_that_exist_are_asked_for(tmp_path: Path) -> None:
         text = Exposition(server.server).text().decode()
     exist = {sample.name for family in text_string_to_metric_families(text) for sample in family.samples}
     exist |= {rule["record"] for group in _rules()["groups"] for rule in group["rules"] if "record" in rule}
-    # those of which a server without swap and tasks has no samples
-    exist |= {"nbdram_swap_used_bytes", "nbdram_swap_size_bytes", "nbdram_swap_failing", "up"}
+    # those of which a server without swap has no samples
+    exist |= {"nbdram_swap_used_bytes", "nbdram_swap_size_bytes", "nbdram_swap_failing", "nbdram_remote_failing", "up"}
     asked = {
         name
         for expression in expressions().values()

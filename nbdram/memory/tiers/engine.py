@@ -32,7 +32,7 @@ from redis.crc import key_slot
 
 from nbdram.errors import NbdramError
 from nbdram.memory.tiers.remote_settings import ANSWER_S, WAIT_MS, Address, RemoteSettings, address_text
-from nbdram.memory.tiers.remote_tls import check_files, distrust, hint
+from nbdram.memory.tiers.remote_tls import check_files, distrust, hint, wrong_port
 
 log = logging.getLogger("nbdram.remote")
 
@@ -101,13 +101,11 @@ class Engine:
         if self.settings.tls:
             check_files(self.settings)
         deadline = time.monotonic() + _START_S
+        is_first = True
         while True:
             try:
                 self._look()
-                for address in self.masters():
-                    connection = self.connect(address)
-                    check_policy(connection, address)
-                    connection.disconnect()
+                replicas = min(self._check(address) for address in self.masters())
                 break
             except Evicting:
                 raise
@@ -117,10 +115,20 @@ class Engine:
             except (*_Broken, *_Transient) as error:
                 if distrusted := distrust(self.settings, error):
                     raise NbdramError(distrusted) from error
+                if is_first and (mistaken := wrong_port(self.settings)):
+                    raise NbdramError(mistaken) from error
+                told = str(error).rstrip(".")
                 if time.monotonic() > deadline:
-                    told = str(error).rstrip(".")
                     raise NbdramError(f"can't use {self.settings} for swap: {told}{hint(self.settings)}") from error
+                if is_first:
+                    log.warning("%s does not answer: %s; it has %g s", self.settings, told, _START_S)
+                is_first = False
                 time.sleep(_REFRESH_S)
+        if replicas < self.settings.replicas:
+            log.warning(
+                "%s has %d replicas of some of its masters: with replicas=%d nothing is stored there until it has more",
+                *(self.settings, replicas, self.settings.replicas),
+            )
         self._each_minute = each_minute
         self._keeper.start()
 
@@ -138,6 +146,15 @@ class Engine:
             lane.join()
         for _, _, command in self._late:
             _fail(command, OSError(errno.EIO, "the server stops"))
+
+    def _check(self, address: Address) -> int:
+        """Refuse a node that might evict keys; how many replicas follow it."""
+        connection = self.connect(address)
+        try:
+            check_policy(connection, address)
+            return int(_info(connection, "replication")["connected_slaves"])
+        finally:
+            connection.disconnect()
 
     def connect(self, address: Address) -> AbstractConnection:
         """A connection that is ready for commands."""
@@ -417,14 +434,19 @@ def ask(connection: AbstractConnection, *words: str | bytes) -> Any:
 
 def check_policy(connection: AbstractConnection, address: Address) -> None:
     """NbdramError at the start, for a lane an error like that of a lost connection, if a node may evict keys."""
-    for line in _text(ask(connection, "INFO", "memory")).splitlines():
-        name, _, value = line.partition(":")
-        if name == "maxmemory_policy" and value != "noeviction":
-            connection.disconnect()
-            raise Evicting(
-                f"{address_text(address)} may evict keys (maxmemory-policy {value}): set it to noeviction, "
-                "cold data must stay where it is stored"
-            )
+    policy = _info(connection, "memory").get("maxmemory_policy", "noeviction")
+    if policy != "noeviction":
+        connection.disconnect()
+        raise Evicting(
+            f"{address_text(address)} may evict keys (maxmemory-policy {policy}): set it to noeviction, "
+            "cold data must stay where it is stored"
+        )
+
+
+def _info(connection: AbstractConnection, section: str) -> dict[str, str]:
+    """What a node says of itself."""
+    lines = _text(ask(connection, "INFO", section)).splitlines()
+    return dict(line.split(":", 1) for line in lines if ":" in line)
 
 
 class Evicting(NbdramError, exceptions.ConnectionError):

@@ -1,11 +1,14 @@
-"""Certificates for a remote: are ours what they should be, and what is wrong if we do not trust its own."""
+"""TLS with a remote: are our certificates what they should be, and what is wrong if it does not come about."""
 
+import socket
 import ssl
+from contextlib import suppress
 from typing import Final
 
 from nbdram.errors import NbdramError
-from nbdram.memory.tiers.remote_settings import RemoteSettings
+from nbdram.memory.tiers.remote_settings import Address, RemoteSettings, address_text
 
+_PROBE_S: Final = 1.0
 _HINT: Final = "; if it asks for a certificate, give one with cert=FILE and key=FILE"
 
 
@@ -51,3 +54,30 @@ def distrust(settings: RemoteSettings, error: BaseException) -> str:
 def hint(settings: RemoteSettings) -> str:
     """What else may be wrong if a server hangs up on us."""
     return _HINT if settings.tls and not settings.certificate else ""
+
+
+def wrong_port(settings: RemoteSettings) -> str:
+    """The sentence for who asks for TLS at a port that has none, or the other way round; "" if that is not it."""
+    for address in settings.addresses:
+        where = address_text(address)
+        if settings.tls and _answers_without_tls(address):
+            return f"{where} answers without TLS: name the port that it has for TLS, or write redis://"
+        if not settings.tls and _takes_tls(address):
+            return f"{where} takes TLS only: write rediss://, or name its port without TLS"
+    return ""
+
+
+def _answers_without_tls(address: Address) -> bool:
+    with suppress(OSError), socket.create_connection(address, _PROBE_S) as sock:
+        sock.sendall(b"PING\r\n")
+        return sock.recv(1) in (b"+", b"-")
+    return False
+
+
+def _takes_tls(address: Address) -> bool:
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    with suppress(OSError), socket.create_connection(address, _PROBE_S) as sock, context.wrap_socket(sock):
+        return True
+    return False

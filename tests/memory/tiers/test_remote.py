@@ -21,9 +21,10 @@ from nbdram.protocol.handshake import ReplyMode
 from nbdram.protocol.wire import Command, Error
 from nbdram.server.exports import Exports
 from tests.helpers import CLUSTER, GIB, MIB, PATIENCE_S, Client, Served, eventually, run, running, served
-from tests.memory.tiers.redis_cluster import Cluster, Node, until
+from tests.memory.tiers.redis_cluster import Cluster, Node, free_ports, until
 from tests.memory.tiers.redis_cluster import server as redis_server
 from tests.memory.tiers.rigs import remote_rig
+from tests.observe.test_web import fetch
 
 TIERS = "x-nbdram:tier"
 NOISE = random.Random(1).randbytes(CLUSTER)
@@ -231,8 +232,9 @@ def test_no_more_is_stored_than_was_allowed(redis_cluster: Cluster) -> None:
         assert rig.remote.has_room()
 
 
-def test_an_image_without_its_replicas_is_not_stored(lone: Node) -> None:
+def test_an_image_without_its_replicas_is_not_stored(lone: Node, caplog: pytest.LogCaptureFixture) -> None:
     remote = Remote(of(lone, replicas=1))
+    assert "has 0 replicas of some of its masters: with replicas=1 nothing is stored there until" in caplog.text
     exports = Exports(Budget(64 * MIB), remote=remote)
     tier = exports.create("ram", GIB).device.remote
     assert tier
@@ -317,13 +319,18 @@ async def test_the_password_opens_the_server_and_is_shown_nowhere(lone: Node, tm
         refused = await run("serve", "--swap", url, "--metrics", "off", environment={"NBDRAM_REMOTE_PASSWORD": "wrong"})
         assert refused.code == 1
         assert f"redis://127.0.0.1:{lone.port} does not let us in" in refused.errors
-        options = ("--swap", url, "-v", "--memory", "64M")
+        (port,) = free_ports(1)
+        options = ("--swap", url, "-v", "--memory", "64M", "--metrics", f"127.0.0.1:{port}")
         async with running(tmp_path, *options, environment={"NBDRAM_REMOTE_PASSWORD": "open-sesame"}) as server:
             pid = server.process.pid
             seen = (
                 Path(f"/proc/{pid}/cmdline").read_text()
                 + (await run("stats", "--json", "--control", str(tmp_path / "control"))).output
             )
+            for path in ("/metrics", "/api/status"):
+                status, page = await fetch(port, path)
+                assert (status, "redis://127.0.0.1" in page) == (200, True)
+                seen += page
             server.process.terminate()
             ended = await server.ended()
         assert f'"url": "redis://127.0.0.1:{lone.port}"' in seen
@@ -332,10 +339,15 @@ async def test_the_password_opens_the_server_and_is_shown_nowhere(lone: Node, tm
         lone.call("CONFIG", "SET", "requirepass", "")
 
 
-def test_a_remote_that_nobody_listens_at_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_remote_that_nobody_listens_at_is_waited_for_and_then_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(engine, "_START_S", 0.2)
     with pytest.raises(NbdramError, match=r"can't use redis://127.0.0.1:1 for swap: .*refused"):
         Remote(RemoteSettings((("127.0.0.1", 1),)))
+    (waits,) = caplog.messages
+    assert waits.startswith("redis://127.0.0.1:1 does not answer: ")
+    assert waits.endswith(" refused; it has 0.2 s")
 
 
 def test_nodes_that_are_no_cluster_are_named_alone(lone: Node) -> None:

@@ -92,11 +92,15 @@ def test_who_shows_no_certificate_is_told_how(guarded: Guarded) -> None:
     assert sentence.endswith("if it asks for a certificate, give one with cert=FILE and key=FILE")
 
 
-@pytest.mark.parametrize("tls", [True, False])
-def test_tls_where_there_is_none_and_none_where_there_is_get_a_sentence(guarded: Guarded, tls: bool) -> None:
-    port = guarded.node.port if tls else guarded.settings.addresses[0][1]
-    wrong = replace(guarded.settings, addresses=(("127.0.0.1", port),), tls=tls)
-    assert told(wrong).startswith(f"can't use {wrong} for swap: ")
+def test_tls_where_there_is_none_and_none_where_there_is_are_told_apart_at_once(guarded: Guarded) -> None:
+    plain, secured = (f"127.0.0.1:{port}" for port in (guarded.node.port, guarded.settings.addresses[0][1]))
+    wrong = replace(guarded.settings, addresses=(("127.0.0.1", guarded.node.port),))
+    with pytest.raises(NbdramError) as caught:
+        Remote(wrong)
+    assert str(caught.value) == f"{plain} answers without TLS: name the port that it has for TLS, or write redis://"
+    with pytest.raises(NbdramError) as caught:
+        Remote(replace(guarded.settings, tls=False))
+    assert str(caught.value) == f"{secured} takes TLS only: write rediss://, or name its port without TLS"
 
 
 @pytest.mark.parametrize(("user", "password"), [("me", "wrong"), ("nobody", "sesame!"), ("", "")])
