@@ -94,6 +94,14 @@ class Codec:
         ]
         return [self._header.pack(*lengths, *sums), *blocks]
 
+    def looks_incompressible(self, cluster: bytes | bytearray) -> bool:
+        """Whether `encode` would find a cluster incompressible, most probably: at half the cost.
+
+        In one piece, lz4 takes half the time that it takes for four blocks, and finds more: of 3319 clusters of files
+        that compress, 5 were said not to, which would have taken 0.87 of their size. Who wants density looks longer.
+        """
+        return not self.level and len(_compress(cluster, store_size=False)) > INCOMPRESSIBLE_BYTES
+
     def _pack(self, block: memoryview) -> bytes | memoryview:
         """What an image has of a block."""
         packed: bytes = _compress(block, store_size=False, **self._how)

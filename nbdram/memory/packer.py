@@ -2,7 +2,7 @@
 
 With a thread each call of the compressor, and there are a dozen for a cluster, is a wake-up and a wait for the loop.
 All state is in files and words, so that a process needs to know nothing but what each batch tells (`packing.py`), and
-the first one, for images that go to a remote, the connections to its nodes.
+for images that go to a remote, its own connections to the nodes.
 
 One costs about 6 MiB, twice that with a remote, which count as the server's. The first is started when there is
 something to compress, others when those that there are can't keep up, and they end when they have nothing to do.
@@ -100,7 +100,7 @@ class Packers:
 
     async def end_idle(self) -> None:
         for packer in self._all:
-            await packer.end_if_idle()
+            await packer.end_if_idle(stays_connected=packer is self.first)
 
     async def stop(self) -> None:
         for packer in self._all:
@@ -266,11 +266,11 @@ class Packer:
             self._socket.close()
             self._socket = None
 
-    async def end_if_idle(self) -> None:
-        """End the process if nobody has needed it for a while. One that is connected to a remote stays."""
+    async def end_if_idle(self, *, stays_connected: bool = False) -> None:
+        """End the process if nobody has needed it for a while, unless it is connected to a remote and to stay so."""
         process = self._process
         idle = self.is_ready and not self._waiting and time.monotonic() - self._used_at > _IDLE_S
-        if process and idle and not self._has_lines:
+        if process and idle and not (stays_connected and self._has_lines):
             self._process, self._not_before = None, 0.0
             self._hang_up()
             process.kill()  # it has nothing to do, and may have been stopped

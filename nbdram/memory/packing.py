@@ -78,14 +78,23 @@ def pack(hot: int, ram: RamTier, codec: Codec, cluster: int, word: int, old: byt
 
 
 def pack_or_read(
-    hot: int, ram: RamTier, codec: Codec, cluster: int, word: int, old: bytes | None = None
+    hot: int,
+    ram: RamTier,
+    codec: Codec,
+    cluster: int,
+    word: int,
+    old: bytes | None = None,
+    *,
+    is_unlikely: bool = False,
 ) -> tuple[int, bytes | bytearray]:
-    """As `pack`; and the cluster's 64 KiB, if it is INCOMPRESSIBLE."""
+    """As `pack`; and the cluster's 64 KiB, if it is INCOMPRESSIBLE. `is_unlikely`: it probably is."""
     image = _old_image(ram, cluster, word, old)
     kept: list[int] = []
     if image and len(image) != CLUSTER:
         kept = [number for number, pages in enumerate(codec.pages_of_blocks) if not word & pages]
     content = _content(hot, codec, cluster, word, image, kept)
+    if is_unlikely and not kept and codec.looks_incompressible(content):
+        return INCOMPRESSIBLE, content
     parts = codec.encode(memoryview(content), image if kept else b"", kept)
     if parts is None:
         return ZEROS, b""
@@ -209,7 +218,7 @@ def _send_all(sending: "Sending", head: bytes, records: bytes, files: list[int])
             ram = RamTier(cold)
             image: bytes | bytearray
             if word & RESIDENT:
-                packed, image = pack_or_read(hot, ram, _codec(block_bytes, level), cluster, word)
+                packed, image = pack_or_read(hot, ram, _codec(block_bytes, level), cluster, word, is_unlikely=True)
                 if packed != INCOMPRESSIBLE:
                     sending.settle([((batch, at, packed), True)])
                     continue

@@ -322,7 +322,7 @@ class Reclaimer:
         if packers is None or packer is None:
             return jobs
         for job in jobs:
-            _hand_over(packers.first, job)
+            _hand_over(packer, job)
         near = [job for job in jobs if job.is_near and not job.handed]
         if near:
             images = await packer.pack([(job.device, job.cluster, job.word) for job in near])
@@ -332,8 +332,8 @@ class Reclaimer:
                 if image == FAILED:  # the process was lost, perhaps: in the middle of it
                     job.device.release_stray(job.cluster)
                 elif image == INCOMPRESSIBLE:
-                    _hand_over(packers.first, job)
-        await _send(packers.first, [job for job in jobs if job.handed])
+                    _hand_over(packer, job)
+        await _send(packer, [job for job in jobs if job.handed])
         return [job for job in jobs if job.image in (FAILED, INCOMPRESSIBLE)]
 
     async def _collect(self) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdram.memory.codec import Codec, IntegrityError
+from nbdram.memory.codec import INCOMPRESSIBLE_BYTES, Codec, IntegrityError
 from tests.helpers import CLUSTER
 
 KIB = 1024
@@ -72,3 +72,16 @@ def test_an_image_that_was_cut_off_is_an_error(length: int) -> None:
     codec = Codec()
     with pytest.raises(IntegrityError):
         codec.decode(encoded(codec)[:length], 0, CLUSTER)
+
+
+@pytest.mark.parametrize("noise", [0, 7, 13, 15, 16])
+def test_what_looks_incompressible_is(noise: int) -> None:
+    mark = b"%063d\n" % noise
+    cluster = random.Random(3).randbytes(noise * 4 * KIB) + mark * ((16 - noise) * 64)
+    parts = Codec().encode(memoryview(cluster))
+    assert parts
+    assert Codec().looks_incompressible(cluster) == (sum(map(len, parts)) > INCOMPRESSIBLE_BYTES) == (noise > 14)
+
+
+def test_who_wants_density_looks_longer() -> None:
+    assert not Codec.dense().looks_incompressible(random.Random(3).randbytes(CLUSTER))

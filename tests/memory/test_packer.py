@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Container, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -287,6 +288,20 @@ async def test_what_the_process_answered_before_it_was_lost_is_kept(
             await ready(packer)
         assert len(lost) == 5
         assert not device.integrity_errors
+
+
+async def test_of_the_processes_that_are_connected_to_a_remote_the_first_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    packers = Packers(most=2)
+    pids = []
+    for packer in packers:
+        await ready(packer)
+        with socket.socket() as line:
+            packer.give_line(1, 0, bytes(32), line.fileno())
+        pids.append(packer.pid)
+    monkeypatch.setattr(packer_module, "_IDLE_S", 0.0)
+    await packers.end_idle()
+    assert [packer.pid for packer in packers] == [pids[0], None]
+    await packers.stop()
 
 
 async def test_the_process_goes_last_in_its_session_and_its_session_among_others() -> None:

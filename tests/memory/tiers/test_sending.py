@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import select
 import signal
 import socket
 import time
@@ -18,7 +19,7 @@ from nbdram.memory import reclaim
 from nbdram.memory.budget import Budget
 from nbdram.memory.device import Device
 from nbdram.memory.layout import LENGTH_SHIFT, RESIDENT, TIER_MASK, TIER_SHIFT, Tier
-from nbdram.memory.packer import Packer, Packers, Wanted
+from nbdram.memory.packer import Packer, Packers, Wanted, WantedToSend
 from nbdram.memory.packing import FAILED, HEAD
 from nbdram.memory.reclaim import Reclaimer
 from nbdram.memory.tiers import sending as sending_module
@@ -38,9 +39,9 @@ UUID_BYTES = bytes(range(16))
 class Node:
     """The process's end of things, with a node and a server that the test plays."""
 
-    def __init__(self, replicas: int = 0) -> None:
+    def __init__(self, replicas: int = 0, *, tcp: bool = False) -> None:
         self.server, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.node, line = socket.socketpair()
+        self.node, line = tcp_pair() if tcp else socket.socketpair()
         self.sending = Sending(its)
         self.sending.open(7, replicas, SECRET, line.detach())
         self.its = its
@@ -73,6 +74,13 @@ class Node:
         self.sending.close()
         for sock in (self.server, self.its, self.node):
             sock.close()
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        one = socket.create_connection(listening.getsockname())
+        other, _ = listening.accept()
+    return one, other
 
 
 @pytest.fixture
@@ -140,6 +148,42 @@ def test_a_node_that_is_silent_is_given_up(node: Node, monkeypatch: pytest.Monke
     assert node.told() == [(b"L", 7, []), (b"S", 1, [FAILED])]
 
 
+@pytest.mark.parametrize(("replicas", "answers"), [(0, b"+OK\r\n" * 2), (1, b"+OK\r\n" * 2 + b":1\r\n")])
+def test_nobody_is_woken_before_all_is_there_that_a_batch_waits_for(replicas: int, answers: bytes) -> None:
+    node = Node(replicas, tcp=True)
+    node.store(b"one", b"two", number=1)
+    node.store(b"three", b"four", number=2)
+    line = node.sending._lines[7].socket
+    for number in (1, 2):
+        node.node.send(answers[:-1])
+        while len(line.recv(100, socket.MSG_PEEK)) < len(answers) - 1:
+            pass
+        assert not select.select([line], [], [], 0)[0]
+        node.node.send(answers[-1:])
+        assert select.select([line], [], [], 10)[0]
+        node.see_to_it()
+        assert node.told() == [(b"S", number, [100, 101])]
+    node.close()
+
+
+def test_a_node_is_not_silent_that_has_answered_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sending_module, "ANSWER_S", 1.0)
+    node = Node(tcp=True)
+    node.store(b"one", b"two")
+    line = node.sending._lines[7]
+    node.node.send(b"+OK\r\n")
+    while not line.socket.recv(100, socket.MSG_PEEK):
+        pass
+    line.heard_at -= 10
+    node.see_to_it()
+    assert node.told() == []
+    assert len(line.waiting) == 1
+    line.heard_at -= 10
+    node.see_to_it()
+    assert node.told() == [(b"L", 7, []), (b"S", 1, [100, FAILED])]
+    node.close()
+
+
 def test_what_a_socket_does_not_take_at_once_follows(node: Node) -> None:
     node.store(*[NOISE] * 16)
     assert node.sending._lines[7].unsent
@@ -158,11 +202,11 @@ def test_what_a_socket_does_not_take_at_once_follows(node: Node) -> None:
 
 
 class Demoted:
-    """A device whose memory is short, on a remote, with the process."""
+    """A device whose memory is short, on a remote, with two processes."""
 
-    def __init__(self, device: Device, packer: Packer) -> None:
+    def __init__(self, device: Device, packers: Packers) -> None:
         self.device = device
-        self.packer = packer
+        self.packers = packers
         self.by_threads = 0  # images that the process did not store
 
     async def fill(self, generation: int) -> None:
@@ -180,9 +224,10 @@ class Demoted:
     async def is_still(self) -> None:
         await eventually(lambda: not self.device.reclaiming)
 
-    def has_process(self) -> bool:
-        self.packer.start()  # if it was lost with the last batch
-        return self.packer.is_ready
+    def has_processes(self) -> bool:
+        for packer in self.packers:
+            packer.start()  # if it was lost with the last batch
+        return all(packer.is_ready for packer in self.packers)
 
     def check(self, generation: int) -> None:
         for cluster in range(COUNT):
@@ -195,6 +240,14 @@ def content(cluster: int, generation: int) -> bytes:
     return mark + (NOISE[16:] if cluster % 2 else NOISE[16 : CLUSTER // 4] + mark * (CLUSTER // 64 * 3))
 
 
+def never_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes get their time beside others, and threads leave everything to them."""
+    as_others = "import sys; from nbdram.memory import packing; packing._NICE = 0; packing.serve(int(sys.argv[1]))"
+    monkeypatch.setattr(packer_module, "_PROGRAM", as_others)
+    monkeypatch.setattr(packer_module, "LATE_S", 60.0)
+    monkeypatch.setattr(packer_module, "_SEND_LATE_S", 60.0)
+
+
 @asynccontextmanager
 async def demoted(servers: Cluster, monkeypatch: pytest.MonkeyPatch, replicas: int = 0) -> AsyncIterator[Demoted]:
     servers.empty()
@@ -205,9 +258,8 @@ async def demoted(servers: Cluster, monkeypatch: pytest.MonkeyPatch, replicas: i
     remote = Remote(replace(servers.settings, replicas=replicas))
     budget = Budget(64 * MIB)
     exports = Exports(budget, remote=remote)
-    packers = Packers()
-    packer = packers.first
-    made = Demoted(exports.create("ram", GIB).device, packer)
+    packers = Packers(most=2)
+    made = Demoted(exports.create("ram", GIB).device, packers)
     submit = RemoteTier.submit
 
     def counted(tier: RemoteTier, cluster: int, slot: int, image: bytes) -> object:
@@ -217,11 +269,7 @@ async def demoted(servers: Cluster, monkeypatch: pytest.MonkeyPatch, replicas: i
     monkeypatch.setattr(RemoteTier, "submit", counted)
     reclaimer = Reclaimer(budget, exports.devices, packers)
     reclaimer.start()
-    packer.start()
-    await eventually(lambda: packer.is_ready)
-    assert packer.pid
-    with suppress(PermissionError):  # however busy the machine is, it is the process that does it
-        os.setpriority(os.PRIO_PROCESS, packer.pid, 0)
+    await eventually(made.has_processes)
     budget.set_limit(10 * MIB)  # images that were compressed have no room in RAM either
     try:
         yield made
@@ -235,6 +283,7 @@ async def demoted(servers: Cluster, monkeypatch: pytest.MonkeyPatch, replicas: i
 async def test_what_leaves_ram_is_sent_by_the_process_and_comes_back(
     redis_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    never_late(monkeypatch)
     async with demoted(redis_cluster, monkeypatch) as here:
         await here.fill(0)
         await here.is_still()
@@ -255,6 +304,7 @@ async def test_what_leaves_ram_is_sent_by_the_process_and_comes_back(
 async def test_after_what_does_not_compress_the_next_is_stored_in_ram_or_sent_in_one_go(
     redis_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    never_late(monkeypatch)
     async with demoted(redis_cluster, monkeypatch) as here:
         await here.fill(0)
         await here.is_still()
@@ -277,19 +327,43 @@ async def test_after_what_does_not_compress_the_next_is_stored_in_ram_or_sent_in
         here.check(1)
 
 
-async def test_nothing_is_lost_when_the_process_is_killed_or_its_connections_are(
+async def test_each_process_sends_on_connections_of_its_own(
+    redis_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never_late(monkeypatch)
+    sent: dict[Packer, set[int]] = {}
+    send = Packer.send
+
+    async def counted(packer: Packer, wanted: Sequence[WantedToSend]) -> list[int]:
+        words = await send(packer, wanted)
+        sent.setdefault(packer, set()).update(one.line for one, word in zip(wanted, words, strict=True) if word > 0)
+        return words
+
+    monkeypatch.setattr(Packer, "send", counted)
+    async with demoted(redis_cluster, monkeypatch) as here:
+        await here.fill(0)
+        await here.fill(1)
+        await here.is_still()
+        first, second = (sent[packer] for packer in here.packers)
+        assert len(first) == len(second) == len(redis_cluster.masters)
+        assert not first & second
+        here.check(1)
+
+
+async def test_nothing_is_lost_when_the_processes_are_killed_or_their_connections_are(
     redis_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packer_module, "_AGAIN_S", 0.0)
     async with demoted(redis_cluster, monkeypatch) as here:
         await here.fill(0)
         for generation in range(1, 7):
-            await eventually(here.has_process)
+            await eventually(here.has_processes)
             filling = asyncio.create_task(here.fill(generation))
             await asyncio.sleep(0.05 * generation)
             if generation % 2:
-                assert here.packer.pid
-                os.kill(here.packer.pid, signal.SIGKILL)
+                for packer in here.packers:
+                    if packer.pid:
+                        os.kill(packer.pid, signal.SIGKILL)
             else:
                 for node in redis_cluster.masters:
                     await asyncio.to_thread(node.call, "CLIENT", "KILL", "TYPE", "normal")
