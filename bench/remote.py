@@ -175,7 +175,7 @@ async def _demote(servers: Cluster, incompressible: float) -> dict[str, float]:
     reclaimer.start()
     for packer in packers:
         packer.start()
-    while not all(packer.is_ready for packer in packers):
+    while not all(packer.is_ready and remote.writes.is_connected(packer) for packer in packers):
         await asyncio.sleep(0.01)
 
     def cpu_s() -> float:

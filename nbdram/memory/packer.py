@@ -100,7 +100,7 @@ class Packers:
 
     async def end_idle(self) -> None:
         for packer in self._all:
-            await packer.end_if_idle(stays_connected=packer is self.first)
+            await packer.end_if_idle(stays_to_send=packer is self.first)
 
     async def stop(self) -> None:
         for packer in self._all:
@@ -120,7 +120,7 @@ class Packer:
         self._waiting: dict[int, asyncio.Future[list[int]]] = {}  # by the batch's number
         self._due: list[float] = []  # when the batches of which images are being made should be there
         self._numbers = itertools.count(1)
-        self._has_lines = False
+        self._has_sent = False  # to a remote
         self.lost_lines: set[int] = set()
         self._not_before = 0.0
         self._used_at = 0.0
@@ -172,13 +172,13 @@ class Packer:
         """Have images stored in a remote, or in RAM if they had to be made and compress; the word of each, or FAILED if
         it is not known to be there.
         """
+        self._has_sent = True
         late_s = _SEND_LATE_S if any(one.word & RESIDENT for one in wanted) else _SEND_PATIENCE_S
         return await self._ask(b"S", REQUEST_TO_SEND, wanted, late_s, _SEND_PATIENCE_S)
 
     def give_line(self, number: int, replicas: int, secret: bytes, fd: int) -> None:
         """The process has a socket to a node of the remote from now on. OSError if it can't be told."""
         assert self._socket
-        self._has_lines = True
         socket.send_fds(self._socket, [HEAD.pack(b"C", number) + bytes((replicas,)) + secret], [fd])
 
     async def _ask(
@@ -260,17 +260,17 @@ class Packer:
                 one.set_result([])
 
     def _hang_up(self) -> None:
-        self.is_ready = self._has_lines = False
+        self.is_ready = self._has_sent = False
         if self._socket:
             asyncio.get_running_loop().remove_reader(self._socket)
             self._socket.close()
             self._socket = None
 
-    async def end_if_idle(self, *, stays_connected: bool = False) -> None:
-        """End the process if nobody has needed it for a while, unless it is connected to a remote and to stay so."""
+    async def end_if_idle(self, *, stays_to_send: bool = False) -> None:
+        """End the process if nobody has needed it for a while; `stays_to_send`: unless it has sent to a remote."""
         process = self._process
         idle = self.is_ready and not self._waiting and time.monotonic() - self._used_at > _IDLE_S
-        if process and idle and not (stays_connected and self._has_lines):
+        if process and idle and not (stays_to_send and self._has_sent):
             self._process, self._not_before = None, 0.0
             self._hang_up()
             process.kill()  # it has nothing to do, and may have been stopped

@@ -147,6 +147,14 @@ class Reclaimer:
             free = self._budget.free_pages
             if self._packers:
                 await self._packers.end_idle()
+                self._connect(self._packers)
+
+    def _connect(self, packers: Packers) -> None:
+        """Let the processes have their connections to a remote by the time that something goes there."""
+        tier = next((device.remote for device in self._devices() if device.remote), None)
+        if tier:
+            for packer in packers:
+                tier.remote.writes.connect(packer)
 
     def _overhead_bytes(self) -> int:
         own = anonymous_bytes()

@@ -18,7 +18,7 @@ from nbdram.memory.budget import Budget
 from nbdram.memory.codec import Codec, IntegrityError
 from nbdram.memory.device import Device
 from nbdram.memory.layout import CLUSTER_SHIFT, RESIDENT, SLOT_SHIFT
-from nbdram.memory.packer import Packer, Packers
+from nbdram.memory.packer import Packer, Packers, WantedToSend
 from nbdram.memory.reclaim import Reclaimer, anonymous_bytes
 from tests.helpers import CLUSTER, MIB, PAGE, eventually, running
 
@@ -290,18 +290,23 @@ async def test_what_the_process_answered_before_it_was_lost_is_kept(
         assert not device.integrity_errors
 
 
-async def test_of_the_processes_that_are_connected_to_a_remote_the_first_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_of_the_processes_that_have_sent_to_a_remote_the_first_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Device("small", MIB, Budget(MIB))
+    made.write(0, random.Random(1).randbytes(CLUSTER))
     packers = Packers(most=2)
     pids = []
     for packer in packers:
         await ready(packer)
         with socket.socket() as line:
             packer.give_line(1, 0, bytes(32), line.fileno())
+        unknown_line = WantedToSend(made, 0, made.words[0], 2, bytes(16), 1)
+        assert await packer.send([unknown_line]) == [packing.FAILED]
         pids.append(packer.pid)
     monkeypatch.setattr(packer_module, "_IDLE_S", 0.0)
     await packers.end_idle()
     assert [packer.pid for packer in packers] == [pids[0], None]
     await packers.stop()
+    made.close()
 
 
 async def test_the_process_goes_last_in_its_session_and_its_session_among_others() -> None:

@@ -21,6 +21,7 @@ import logging
 import sys
 import threading
 import time
+from binascii import crc_hqx
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
@@ -28,7 +29,6 @@ from typing import Any, Final
 
 from redis import exceptions
 from redis.connection import AbstractConnection, Connection, SSLConnection
-from redis.crc import key_slot
 
 from nbdram.errors import NbdramError
 from nbdram.memory.tiers.remote_settings import ANSWER_S, WAIT_MS, Address, RemoteSettings, address_text
@@ -187,9 +187,9 @@ class Engine:
         return list(dict.fromkeys(address for address in slots if address))
 
     def owner(self, key: bytes) -> Address | None:
-        """The node that has a key; None if the cluster has none for its slot."""
+        """The node that has a key, which has no hash tag; None if the cluster has none for its slot."""
         slots = self._slots
-        return self.settings.addresses[0] if slots is None else slots[key_slot(key)]
+        return self.settings.addresses[0] if slots is None else slots[crc_hqx(key, 0) % _SLOTS]
 
     def _look(self) -> None:
         """Ask the cluster who has which slot. The library's error if nobody can be asked."""

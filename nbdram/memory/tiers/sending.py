@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import lru_cache
 from typing import Final
 
 from nbdram.memory.packing import ANSWER, FAILED, HEAD
@@ -38,7 +39,12 @@ Buffer = bytes | memoryview
 
 def image_key(device: bytes, cluster: int, generation: int) -> bytes:
     """Where an image of the device, whose UUID has these 16 bytes, is kept."""
-    return IMAGE_PREFIX + b"%s:%x:%016x" % (device.hex().encode(), cluster, generation)
+    return b"%s%x:%016x" % (_prefix(device), cluster, generation)
+
+
+@lru_cache(64)
+def _prefix(device: bytes) -> bytes:
+    return IMAGE_PREFIX + device.hex().encode() + b":"
 
 
 def image_label(device: bytes, cluster: int, generation: int) -> bytes:

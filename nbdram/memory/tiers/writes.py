@@ -43,9 +43,7 @@ class Writes:
 
     def line(self, packer: Packer, key: bytes) -> int | None:
         """The number of the process's connection to the node that has a key; None if there is none (yet)."""
-        lines = self._lines.get(packer)
-        if lines is None or lines.pid != packer.pid:
-            lines = self._lines[packer] = _Lines(packer.pid)
+        lines = self._lines_of(packer)
         owner = self._engine.owner(key)
         if owner is None or self._engine.settings.tls:
             return None
@@ -54,6 +52,25 @@ class Writes:
             self._connect(packer, lines, owner)
             return None
         return number
+
+    def connect(self, packer: Packer) -> None:
+        """Begin to give a process its connections, before there is something to send, if it is new."""
+        if packer.is_ready:
+            self._lines_of(packer)
+
+    def _lines_of(self, packer: Packer) -> _Lines:
+        lines = self._lines.get(packer)
+        if lines is None or lines.pid != packer.pid:
+            lines = self._lines[packer] = _Lines(packer.pid)
+            if not self._engine.settings.tls:
+                for address in self._engine.masters():
+                    self._connect(packer, lines, address)
+        return lines
+
+    def is_connected(self, packer: Packer) -> bool:
+        """Whether a process has a connection to every node that has anything."""
+        lines = self._lines.get(packer)
+        return lines is not None and lines.pid == packer.pid and lines.numbers.keys() >= set(self._engine.masters())
 
     def _connect(self, packer: Packer, lines: _Lines, address: Address) -> None:
         loop = asyncio.get_running_loop()

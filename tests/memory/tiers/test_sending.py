@@ -269,7 +269,7 @@ async def demoted(servers: Cluster, monkeypatch: pytest.MonkeyPatch, replicas: i
     monkeypatch.setattr(RemoteTier, "submit", counted)
     reclaimer = Reclaimer(budget, exports.devices, packers)
     reclaimer.start()
-    await eventually(made.has_processes)
+    await eventually(lambda: made.has_processes() and all(map(remote.writes.is_connected, packers)))
     budget.set_limit(10 * MIB)  # images that were compressed have no room in RAM either
     try:
         yield made
@@ -286,8 +286,6 @@ async def test_what_leaves_ram_is_sent_by_the_process_and_comes_back(
     never_late(monkeypatch)
     async with demoted(redis_cluster, monkeypatch) as here:
         await here.fill(0)
-        await here.is_still()
-        here.by_threads = 0  # until the connections were there
         await here.fill(1)
         await here.is_still()
         remote = here.device.remote
@@ -344,6 +342,7 @@ async def test_each_process_sends_on_connections_of_its_own(
         await here.fill(0)
         await here.fill(1)
         await here.is_still()
+        assert here.by_threads < 32, "the connections were there before something was to be sent"
         first, second = (sent[packer] for packer in here.packers)
         assert len(first) == len(second) == len(redis_cluster.masters)
         assert not first & second
