@@ -162,8 +162,9 @@ class Device(Space):
         """
         try:
             length = word >> LENGTH_SHIFT & LENGTH_MASK
-            if image is None and length != CLUSTER:  # as `decode_quietly` has it, in one call less
-                return self.codec.decode(self.ram.load(cluster, word >> SLOT_SHIFT & 1, length), start, end)
+            if length != CLUSTER and (image is None or len(image) == length):  # as `decode_quietly`, in fewer calls
+                content = self.ram.load(cluster, word >> SLOT_SHIFT & 1, length) if image is None else image
+                return self.codec.decode(content, start, end)
             return self.decode_quietly(cluster, word, start, end, image)
         except IntegrityError as error:
             self.note_damage(cluster, error)
@@ -268,21 +269,28 @@ class Device(Space):
                 assert content
                 buffers = content
             elif tier != Tier.HOLE:
-                buffers = self._read_far(cluster, word, base + first, base + last, images or {})
+                image = images.get(cluster) if images else None
+                if image is None or not image.is_current:
+                    raise FarPage(cluster)
+                buffers = self._read_far(cluster, word, base + first, base + last, image.content)
             pieces.append((base + first, base + last, buffers))
         return pieces
 
-    def _read_far(self, cluster: int, word: int, start: int, end: int, images: Images) -> list[Buffer]:
+    def read_fetched(self, cluster: int, start: int, end: int, image: FarImage) -> list[Buffer] | None:
+        """The bytes [start, end) of a cluster, none of them resident, out of its fetched image; None: another case."""
+        word = self.word(cluster)
+        if not image.is_current or word & pages_within(cluster, start, end):
+            return None
+        return self._read_far(cluster, word, start, end, image.content)
+
+    def _read_far(self, cluster: int, word: int, start: int, end: int, image: bytes) -> list[Buffer]:
         """Bytes of a cluster out of its fetched image; the pages become resident if there is memory."""
-        image = images.get(cluster)
-        if image is None or not image.is_current:
-            raise FarPage(cluster)
         if self.budget.has_spare():
-            return self._promote(cluster, start, end, image.content)
+            return self._promote(cluster, start, end, image)
         if self.references[cluster] in (Reference.FAR, Reference.REMOTE):
             self.references[cluster] += 1  # touched
         base = cluster << CLUSTER_SHIFT
-        return self.decode(cluster, word, start - base, end - base, image.content)
+        return self.decode(cluster, word, start - base, end - base, image)
 
     def far_clusters(self, offset: int, end: int) -> list[int]:
         """The clusters of which [offset, end) needs pages that are only on disk or in a remote."""

@@ -39,23 +39,14 @@ _SHORT_TURNS: Final = 24
 Came = Callable[[OSError | None], None]
 
 
-class _Reading:
-    """An image that is being read, and who waits for it: they are told of an error, if there was one."""
-
-    __slots__ = ("device", "waiters")
-
-    def __init__(self, device: Device) -> None:
-        self.device = device
-        self.waiters: list[Came] = []
-
-
 class Fetcher:
     """Reads images for all devices of a server."""
 
     def __init__(self) -> None:
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="nbdram-fetch")
         self._mailbox = Mailbox()
-        self._under_way: dict[FarImage, _Reading] = {}
+        # What is being read, for whom, and who waits for it: they are told of an error, if there was one.
+        self._under_way: dict[FarImage, tuple[Device, list[Came]]] = {}
         # What is read is held in memory until it is sent: who reads much takes one of these for each part.
         self.turns = Turns(_TURNS)
         self.short_turns = Turns(_SHORT_TURNS)  # for reads within one cluster
@@ -111,7 +102,7 @@ class Fetcher:
         reading = self._under_way.get(image)
         if reading is not None:
             waiter: asyncio.Future[OSError | None] = asyncio.get_running_loop().create_future()
-            reading.waiters.append(lambda error: None if waiter.done() else waiter.set_result(error))
+            reading[1].append(lambda error: None if waiter.done() else waiter.set_result(error))
             error = await waiter
             if error is not None and image.is_current:
                 if isinstance(error, IntegrityError):
@@ -125,7 +116,7 @@ class Fetcher:
         reading = self._under_way.get(image)
         if reading is None:
             return None
-        reading.waiters.append(came)
+        reading[1].append(came)
         return image
 
     def fetch_ahead(self, device: Device, cluster: int) -> None:
@@ -140,10 +131,11 @@ class Fetcher:
         if image is None:
             image = FarImage()
             word = device.word(cluster)
-            if word >> TIER_SHIFT & TIER_MASK <= Tier.RAM:
+            tier = word >> TIER_SHIFT & TIER_MASK
+            if tier <= Tier.RAM:
                 image.is_current = False
                 return image
-            if there := self._read_now(device, cluster, word):
+            if tier == Tier.DISK and (there := self._read_now(device, cluster, word)):
                 return there
             device.far_images[cluster] = image
             self._read(device, cluster, word, image)
@@ -166,7 +158,8 @@ class Fetcher:
     def _read(self, device: Device, cluster: int, word: int, image: FarImage) -> None:
         begun = time.perf_counter()
         from_remote = word >> TIER_SHIFT & TIER_MASK == Tier.REMOTE
-        reading = self._under_way[image] = _Reading(device)
+        waiters: list[Came] = []
+        self._under_way[image] = device, waiters
 
         def told(content: bytes, error: OSError | None) -> None:
             del self._under_way[image]
@@ -175,7 +168,7 @@ class Fetcher:
             elif device.far_images.get(cluster) is image:  # whoever comes next reads it again
                 del device.far_images[cluster]
             self._count(device, time.perf_counter() - begun, from_remote=from_remote)
-            for came in reading.waiters:
+            for came in waiters:
                 came(error)
 
         slot, length = word >> SLOT_SHIFT & 1, word >> LENGTH_SHIFT & LENGTH_MASK
@@ -200,7 +193,7 @@ class Fetcher:
 
     def is_reading(self, device: Device) -> bool:
         """Whether a worker looks at a device's files just now."""
-        return any(reading.device is device for reading in self._under_way.values())
+        return any(reader is device for reader, _ in self._under_way.values())
 
     def close(self) -> None:
         self._readers.shutdown()

@@ -28,7 +28,14 @@ class Mailbox:
     def callback(self, told: "Told[T]") -> "Told[T]":
         """Calls `told` on the loop, whoever calls it."""
         self._here()
-        return lambda result, error: self._put(lambda: told(result, error))
+
+        def tell(result: T, error: OSError | None) -> None:
+            if threading.get_ident() == self._thread:  # the loop has done it itself
+                told(result, error)
+            else:
+                self._put(lambda: told(result, error))
+
+        return tell
 
     def _here(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:

@@ -407,8 +407,12 @@ class ShortRead:
                 if isinstance(error, IntegrityError):
                     device.note_damage(cluster, error)
                 raise error.with_traceback(None)  # others get it too
-            pieces = device.gather(self._offset, self._end, {cluster: image})
-            out = _answer(connection, self._flags, self._cookie, self._offset, pieces, self._end)
+            offset, end = self._offset, self._end
+            if (content := device.read_fetched(cluster, offset, end, image)) is not None:
+                out = [connection.replies.data(self._cookie, offset, end - offset, offset, last=True), *content]
+            else:
+                pieces = device.gather(offset, end, {cluster: image})
+                out = _answer(connection, self._flags, self._cookie, offset, pieces, end)
         except FarPage:  # what was fetched is not the cluster's any more
             again = _read(connection, self._flags, self._cookie, self._offset, self._end)
             connection.spawn(Command.READ, again)

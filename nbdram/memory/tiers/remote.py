@@ -72,6 +72,8 @@ class Remote:
         self.engine = Engine(settings)
         self.engine.start(self._renew)
         self._reads = Reads(self.engine)
+        self.seal: Final = self._seal.seal
+        self.open_sealed: Final = self._seal.open
         self.writes = Writes(self.engine, self._seal.secret)
 
     def close(self) -> None:
@@ -133,12 +135,6 @@ class Remote:
 
         self.engine.send(Command(key, (b"UNLINK", key), float("inf"), dropped))
         return True
-
-    def seal(self, image: bytes, label: bytes) -> bytes:
-        return self._seal.seal(image, label)
-
-    def open_sealed(self, sealed: bytes | memoryview, label: bytes) -> bytes:
-        return self._seal.open(sealed, label)
 
     def stored(self, length: int) -> None:
         with self._lock:
@@ -327,12 +323,12 @@ class RemoteTier:
             told(image, error)
 
         wait_s = self.remote.settings.wait_s if wait_s is None else wait_s
-        self.remote.fetch(self._key(cluster, generation), wait_s, finish, on_loop=on_loop)
+        self.remote.fetch(image_key(self._identity, cluster, generation), wait_s, finish, on_loop=on_loop)
 
     def _open(self, sealed: bytes | memoryview | None, cluster: int, generation: int, length: int) -> bytes:
         if sealed is None:
             raise MissingImage("an image is missing in the remote")
-        image = self.remote.open_sealed(sealed, self._label(cluster, generation))
+        image = self.remote.open_sealed(sealed, image_label(self._identity, cluster, generation))
         if len(image) != length:
             raise IntegrityError("an image in the remote is not what was stored")
         self.remote.fetched_images += 1

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
+from struct import Struct
 from typing import Final
 
 from nbdram.memory.packing import ANSWER, FAILED, HEAD
@@ -33,6 +34,8 @@ _RECEIVE_BYTES: Final = 1 << 16
 _OK: Final = b"+OK"
 _OK_BYTES: Final = len(b"+OK\r\n")  # no answer to SET is shorter
 _HAVE_BYTES: Final = len(b":0\r\n")  # nor one to WAIT
+
+_LABEL: Final = Struct(">16sQQ")
 
 Buffer = bytes | memoryview
 
@@ -49,7 +52,7 @@ def _prefix(device: bytes) -> bytes:
 
 def image_label(device: bytes, cluster: int, generation: int) -> bytes:
     """What is authenticated with an image."""
-    return device + cluster.to_bytes(8, "big") + generation.to_bytes(8, "big")
+    return _LABEL.pack(device, cluster, generation)
 
 
 class Batch:
