@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from nbdram.client.attachment import default_directory
+from nbdram.client.log_file import Bounded
 from nbdram.errors import NbdramError
 
 _RESTART_S = 0.05
@@ -26,7 +27,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def run(arguments: argparse.Namespace) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
+    form = "%(asctime)s %(name)s %(levelname)s: %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, handlers=[Bounded()])
     directory = arguments.directory or default_directory()
     if not arguments.until_idle:
         return _keep(directory, until_idle=False)

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from nbdram.client.log_file import cut
 from nbdram.client.mount_notes import Place
 from nbdram.config import SwapSettings
 from nbdram.errors import NbdramError
@@ -33,6 +34,7 @@ def command(place: Place, size: int, memory: int, swap: Sequence[SwapSettings], 
 
 def start(place: Place, argv: Sequence[str]) -> "subprocess.Popen[bytes]":
     with place.log.open("ab") as log:
+        cut(log.fileno())
         return subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, cwd="/", start_new_session=True
         )
