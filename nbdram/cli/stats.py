@@ -41,7 +41,7 @@ def render(before: dict[str, Any], now: dict[str, Any], seconds: float) -> str:
     disk = f"{_total(now, 'disk')}{_ratio(now, 'disk')}" if now["swap"] else "none"
     remote = f"{_total(now, 'remote')}{_ratio(now, 'remote')}" if now["remote"] else "none"
     if now["remote"] and now["remote"]["failing"]:
-        remote += "; it takes nothing for now"
+        remote += "; a node takes nothing for now"
     damaged = sum(export["integrity_errors"] for export in now["exports"])
     rows = [
         ("budget", f"{format_size(budget['used'])} of {format_size(budget['limit'])} used ({share:.0f} %)"),

@@ -406,7 +406,7 @@ FAMILIES: Final = (
     Family(
         "nbdram_remote_failing",
         "gauge",
-        "1 after a remote could not take an image, until it does again.",
+        "1 while a node of a remote has refused an image, and taken none since.",
         ("remote",),
         _remote(lambda remote: int(remote.failing)),
     ),

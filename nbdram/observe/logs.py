@@ -40,7 +40,11 @@ EVENTS: Final[dict[str, tuple[str, ...]]] = {
     "%s: can't write swap: %s; cold data stays in RAM for now": ("swap_write_failed", "path", "reason"),
     "%s: swap can be written again": ("swap_recovered", "path"),
     "%s: can't punch swap: %s": ("swap_punch_failed", "path", "reason"),
-    "%s: can't store cold data: %s; it stays where it is for now": ("remote_store_failed", "remote", "reason"),
+    "%s: can't store cold data: %s; it goes to other nodes, or stays where it is": (
+        "remote_store_failed",
+        "remote",
+        "reason",
+    ),
     "%s: cold data can be stored again": ("remote_recovered", "remote"),
     "%s: not all data could be removed; nbdram gc-remote does the rest": ("remote_leftovers", "remote"),
     "%s: an unexpected error": ("remote_crashed", "node"),

@@ -39,7 +39,7 @@ def _head(now: Facts) -> Text:
         if area["failing"]:
             head.append(f"  {area['path']} can't be written", "bold red")
     if now["remote"] and now["remote"]["failing"]:
-        head.append("  the remote takes nothing", "bold red")
+        head.append("  a node of the remote takes nothing", "bold red")
     return head
 
 

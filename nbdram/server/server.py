@@ -190,7 +190,7 @@ class Server:
             await asyncio.sleep(_SWEEP_REMOTE_S)
             for export in list(self.exports):
                 tier = export.device.remote
-                if tier is None or not tier.put_off or remote.failing:
+                if tier is None or not tier.put_off or not remote.refusals.any_takes():
                     continue
                 steps = sweep_remote(export.device)
                 while self.exports.get(export.name) is export and next(steps, steps) is not steps:

@@ -308,7 +308,7 @@ def test_rates_and_ratios_are_of_what_was_measured() -> None:
     assert rows["on disk"] == "1 MiB for 2 MiB (0.50)"
     assert rows["faults from RAM"] == "7 (p50 5 us, p99 17 us)"
     assert rows["faults from disk"] == "0"
-    assert rows["remote"] == "3 MiB for 6 MiB (0.50); it takes nothing for now"
+    assert rows["remote"] == "3 MiB for 6 MiB (0.50); a node takes nothing for now"
     assert rows["faults from remote"] == "9 (p50 5 us, p99 17 us)"
     assert rows["reclaim"] == "150 clusters/s; 300 in all, 0 thrown away"
     assert rows["errors"] == "0, damaged images 1"

@@ -59,7 +59,12 @@ async def test_trouble_is_said_on_top_and_what_does_not_fit_is_counted(tmp_path:
     facts["exports"][0]["errors"] = 7
     before = {**facts, "latency_s": {**facts["latency_s"], "write": [0] * len(facts["latency_s"]["write"])}}
     text = drawn(before, facts, 24)
-    for told in ("stopping", "3 writes wait for memory", "/swap can't be written", "the remote takes nothing"):
+    for told in (
+        "stopping",
+        "3 writes wait for memory",
+        "/swap can't be written",
+        "a node of the remote takes nothing",
+    ):
         assert told in text.splitlines()[0]
     assert ">60s" in text
     assert "and 32 more" in text

@@ -84,6 +84,7 @@ class Engine:
         self.settings = settings
         self._lanes: dict[tuple[Address, bool], _Lane] = {}
         self._slots: list[Address | None] | None = None  # who has each slot; None: a server that is no cluster
+        self._owners: list[Address | None] = [settings.addresses[0]]  # all of these
         self._known: list[Address] = list(settings.addresses)
         self._late: list[tuple[float, int, Command]] = []
         self._numbers = itertools.count()
@@ -181,10 +182,11 @@ class Engine:
     # -- who has what --------------------------------------------------------------------------------
 
     def masters(self) -> list[Address]:
-        slots = self._slots
-        if slots is None:
-            return [self.settings.addresses[0]]
-        return list(dict.fromkeys(address for address in slots if address))
+        return [address for address in self._owners if address]
+
+    def owners(self) -> list[Address | None]:
+        """The masters, and None if there are slots that nobody has."""
+        return self._owners
 
     def owner(self, key: bytes) -> Address | None:
         """The node that has a key, which has no hash tag; None if the cluster has none for its slot."""
@@ -218,7 +220,7 @@ class Engine:
             if not any(slots):
                 failure = exceptions.ClusterDownError("the cluster has no slots")
                 continue
-            self._slots = slots
+            self._slots, self._owners = slots, list(dict.fromkeys(slots))
             others = {(_text(host) or address[0], port) for row in rows for host, port, *_ in row[2:]}
             self._known = [address, *sorted(others - {address})]
             return

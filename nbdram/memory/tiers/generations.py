@@ -15,7 +15,7 @@ import os
 import random
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from nbdram.memory.backing import allocated_bytes, no_huge_pages
@@ -24,6 +24,7 @@ from nbdram.memory.layout import CLUSTER_SHIFT, MAX_DEVICE_BYTES, PAGE
 _ENTRY_BYTES: Final = 16
 _ENTRIES_PER_PAGE: Final = PAGE // _ENTRY_BYTES
 GENERATIONS_BYTES: Final = (MAX_DEVICE_BYTES >> CLUSTER_SHIFT) * _ENTRY_BYTES
+_DRAWS: Final = 16
 _EMPTY_PAGE: Final = bytes(PAGE)
 
 
@@ -47,9 +48,16 @@ class Generations:
         self._area.close()
         os.close(self._fd)
 
-    def new(self, cluster: int, slot: int) -> tuple[int, int]:
-        """Draw and remember the generation of an image that is going to be stored; and the one in its place, or 0."""
+    def new(self, cluster: int, slot: int, is_good: Callable[[int], bool] | None = None) -> tuple[int, int]:
+        """Draw and remember the generation of an image that is going to be stored; and the one in its place, or 0.
+
+        `is_good`: which ones are wanted; after some in vain, another one is taken.
+        """
         generation = self._draw(64) or 1
+        for _ in range(_DRAWS if is_good else 0):
+            if is_good and is_good(generation):
+                break
+            generation = self._draw(64) or 1
         with self._lock:
             old = self._numbers[2 * cluster + slot]
             self._numbers[2 * cluster + slot] = generation

@@ -31,6 +31,7 @@ from nbdram.memory.tiers.engine import Command, Engine, Finish
 from nbdram.memory.tiers.generations import GENERATIONS_BYTES, Generations
 from nbdram.memory.tiers.ram import image_pages
 from nbdram.memory.tiers.reading import Reads
+from nbdram.memory.tiers.refusals import Refusals
 from nbdram.memory.tiers.remote_settings import RemoteSettings
 from nbdram.memory.tiers.seal import SEAL_BYTES, Seal
 from nbdram.memory.tiers.sending import SEAL_PURPOSE, image_key, image_label
@@ -39,7 +40,6 @@ from nbdram.memory.tiers.writes import Writes
 log = logging.getLogger("nbdram.remote")
 
 DEVICE_PREFIX: Final = b"nbdram:device:"
-_RETRY_S: Final = 1.0  # a remote that could not take an image is tried again after this
 _STORE_S: Final = 3.0  # how long an image is offered to a remote that is away
 _RECLAIM_WAIT_S: Final = 1.0  # how long reclaim waits for an image that it needs back
 _RECORD_S: Final = 24 * 3600
@@ -57,13 +57,11 @@ class Remote:
         self.settings = settings
         self.max_bytes = settings.max_bytes
         self.used_bytes = 0
-        self.failing = False  # it could not take the last image
         self.stored_images = self.stored_bytes = 0
         self.fetched_images = 0
         self.drops_waiting = 0
         self.failures = 0
         self._lock = threading.Lock()
-        self._retry_at = 0.0
         self._seal = Seal(secret, SEAL_PURPOSE, "in the remote")
         self._closed = False
         self._forgetting: list[threading.Thread] = []
@@ -71,6 +69,7 @@ class Remote:
         self._renew_at = 0.0
         self.engine = Engine(settings)
         self.engine.start(self._renew)
+        self.refusals = Refusals(self.engine.owners)
         self._reads = Reads(self.engine)
         self.seal: Final = self._seal.seal
         self.open_sealed: Final = self._seal.open
@@ -95,9 +94,14 @@ class Remote:
         """How many commands had to be sent again."""
         return self.engine.retries
 
+    @property
+    def failing(self) -> bool:
+        """Whether a node has refused an image, and taken none since."""
+        return bool(self.refusals)
+
     def has_room(self) -> bool:
         """Whether it is worth trying to store an image."""
-        if self.failing and time.monotonic() < self._retry_at:
+        if not self.refusals.any_takes():
             return False
         return not self.max_bytes or self.used_bytes + SEAL_BYTES + (1 << 16) <= self.max_bytes
 
@@ -129,28 +133,34 @@ class Remote:
         def dropped(reply: Any, error: OSError | None) -> None:
             with self._lock:
                 self.drops_waiting -= 1
-            self._retry_at = 0.0
+            if self.refusals and reply:
+                self.refusals.made_room(self.engine.owner(key))
             if finish:
                 finish(reply, error)
 
         self.engine.send(Command(key, (b"UNLINK", key), float("inf"), dropped))
         return True
 
-    def stored(self, length: int) -> None:
+    def takes(self, key: bytes) -> bool:
+        """Whether the node for a key may take an image."""
+        return not self.refusals or self.refusals.takes(self.engine.owner(key))
+
+    def stored(self, key: bytes, length: int) -> None:
         with self._lock:
             self.stored_images += 1
             self.stored_bytes += length
-            recovered, self.failing = self.failing, False
-        if recovered:
+        if self.refusals and self.refusals.stored(self.engine.owner(key)):
             log.warning("%s: cold data can be stored again", self.settings)
 
-    def refused(self, error: OSError) -> None:
+    def refused(self, key: bytes, error: OSError) -> None:
         with self._lock:
-            failed_before, self.failing = self.failing, True
             self.failures += 1
-            self._retry_at = time.monotonic() + _RETRY_S
-        if not failed_before:
-            log.error("%s: can't store cold data: %s; it stays where it is for now", self.settings, error.strerror)
+        if self.refusals.note(self.engine.owner(key), error):
+            log.error(
+                "%s: can't store cold data: %s; it goes to other nodes, or stays where it is",
+                self.settings,
+                error.strerror,
+            )
 
     # -- whose images there are ----------------------------------------------------------------------
 
@@ -255,10 +265,7 @@ class RemoteTier:
 
     def submit(self, cluster: int, slot: int, image: bytes) -> "Future[None]":
         """Seal an image and send it off; done when it is stored, OSError if it is not."""
-        generation, left = self.generations.new(cluster, slot)
-        if left:
-            self.remote.drop(self._key(cluster, left))
-        key = self._key(cluster, generation)
+        generation, key = self._new(cluster, slot)
         pages = image_pages(len(image))
         self.remote.use(pages)
 
@@ -266,29 +273,35 @@ class RemoteTier:
 
         def finish(_: Any, error: OSError | None) -> None:
             if error is None:
-                self.remote.stored(len(image))
+                self.remote.stored(key, len(image))
             else:
-                self.remote.refused(error)
+                self.remote.refused(key, error)
                 self.discard(cluster, slot, generation, pages)  # it may have come through all the same
             _settle(storing, None, error)
 
         self.remote.store(key, self.remote.seal(image, self._label(cluster, generation)), finish)
         return storing
 
+    def _new(self, cluster: int, slot: int) -> tuple[int, bytes]:
+        """The generation and the key of an image that is going to be stored, at a node that takes images."""
+        is_good = (lambda drawn: self.remote.takes(self._key(cluster, drawn))) if self.remote.refusals else None
+        generation, left = self.generations.new(cluster, slot, is_good)
+        if left:
+            self.remote.drop(self._key(cluster, left))
+        return generation, self._key(cluster, generation)
+
     def store(self, cluster: int, slot: int, image: bytes) -> None:
         self.submit(cluster, slot, image).result()
 
     def hand_over(self, packer: Packer, cluster: int, slot: int) -> "Handed | None":
         """Let the process that compresses store an image, if it can; what came of it must be told to the result."""
-        generation, left = self.generations.new(cluster, slot)
-        if left:
-            self.remote.drop(self._key(cluster, left))
-        line = self.remote.writes.line(packer, self._key(cluster, generation))
+        generation, key = self._new(cluster, slot)
+        line = self.remote.writes.line(packer, key)
         if line is None:
             self.generations.forget(cluster, slot, generation)
             return None
         self.remote.use(CLUSTER // PAGE)  # at most
-        return Handed(self, cluster, slot, generation, line)
+        return Handed(self, cluster, slot, generation, key, line)
 
     def fetch(self, cluster: int, slot: int, length: int, wait_s: float | None = None) -> "Future[bytes]":
         """An image of `length` bytes; errors as `ask` has them."""
@@ -373,17 +386,18 @@ class RemoteTier:
 class Handed:
     """An image that the process that compresses stores."""
 
-    def __init__(self, tier: RemoteTier, cluster: int, slot: int, generation: int, line: int) -> None:
+    def __init__(self, tier: RemoteTier, cluster: int, slot: int, generation: int, key: bytes, line: int) -> None:
         self.identity = tier.identity.bytes
         self.generation = generation
         self.line = line
         self.tier = tier
         self._cluster = cluster
         self._slot = slot
+        self._key = key
 
     def stored(self, length: int) -> None:
         self.tier.remote.use(image_pages(length) - CLUSTER // PAGE)
-        self.tier.remote.stored(length)
+        self.tier.remote.stored(self._key, length)
 
     def not_needed(self) -> None:
         """It was stored in RAM, if it is not all zeros."""

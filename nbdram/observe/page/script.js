@@ -94,7 +94,7 @@ function showMemory({ memory, swap, remote, attach, exports }) {
     return made;
   });
   if (remote) {
-    areas.push(el("div", {}, el("p", { className: "quiet", textContent: `Remote: ${bytes(remote.used)}${remote.max ? ` of ${bytes(remote.max)}` : ""} in ${remote.url}${remote.failing ? " — takes nothing for now" : ""}` })));
+    areas.push(el("div", {}, el("p", { className: "quiet", textContent: `Remote: ${bytes(remote.used)}${remote.max ? ` of ${bytes(remote.max)}` : ""} in ${remote.url}${remote.failing ? " — a node takes nothing for now" : ""}` })));
     if (remote.max) {
       areas.at(-1).append(el("div", { className: "bar", role: "img", ariaLabel: `${bytes(remote.used)} of ${bytes(remote.max)} used` }));
       bar(areas.at(-1).lastChild, [["remote", "used", remote.used]], remote.max);

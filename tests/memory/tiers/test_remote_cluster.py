@@ -16,7 +16,7 @@ from nbdram.memory.mailbox import Mailbox
 from nbdram.protocol.wire import Command, Error
 from tests.helpers import CLUSTER, MIB, eventually, run, running
 from tests.memory.tiers.redis_cluster import HASTY_MS, SLOTS, Cluster, cluster, is_master, until
-from tests.memory.tiers.rigs import remote_rig
+from tests.memory.tiers.rigs import RemoteRig, remote_rig
 from tests.memory.tiers.test_remote import NOISE, Model, modelled
 
 CLUSTERS = 64 * MIB // CLUSTER
@@ -175,6 +175,40 @@ async def test_a_slot_on_its_way_is_asked_for_where_its_keys_are_by_now(redis_cl
                 await asyncio.sleep(0.05)
             rig.drop(rig.first, 0, 0, CLUSTER)
         assert redis_cluster.keys("nbdram:image:*") == []
+
+
+def test_a_node_that_is_full_is_left_to_itself_until_it_has_room(
+    redis_cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    full = redis_cluster.masters[0]
+    with remote_rig(Path(), redis_cluster) as rig:
+        full.call("CONFIG", "SET", "maxmemory", 1)
+        try:
+            refused = 0
+            while not refused:
+                refused += not stores(rig, 0)
+            for cluster in range(1, 200):
+                refused += not stores(rig, cluster)
+            assert refused < 10, "it is asked each time"
+            assert rig.remote.failing
+            assert not full.client.keys("nbdram:image:*")
+        finally:
+            full.call("CONFIG", "SET", "maxmemory", 0)
+        until(lambda: stores(rig, 0) and not rig.remote.failing, "it is not tried again")
+        assert full.client.keys("nbdram:image:*")
+        assert [line.split(": ", 1)[1] for line in caplog.messages] == [
+            "can't store cold data: it has no memory left; it goes to other nodes, or stays where it is",
+            "cold data can be stored again",
+        ]
+
+
+def stores(rig: RemoteRig, cluster: int) -> bool:
+    try:
+        rig.store(rig.first, cluster, 0, NOISE)
+    except OSError:
+        return False
+    assert rig.load(rig.first, cluster, 0, CLUSTER) == NOISE
+    return True
 
 
 def test_a_server_that_begins_to_evict_gets_nothing_more(redis_cluster: Cluster) -> None:
