@@ -57,7 +57,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("nbdram.reclaim")
 
-BATCH: Final = 16
+BATCH: Final = 16  # clusters; also what is settled in one turn of the loop
+_LARGE_BATCH: Final = 32  # where their images are a small part of the memory
+_LARGE_FROM: Final = 256 << 20  # bytes for data
 _BATCHES_AT_WORK: Final = 2
 _BATCHES_TO_FAR: Final = 8  # of images on their way down
 _MEASURE_S: Final = 0.25
@@ -283,11 +285,12 @@ class Reclaimer:
         devices = self._devices()
         # Of images there may be very many: those that have nowhere to go are not looked through.
         movable = [device for device in devices if device.has_far_room()] if images else []
-        for _ in range(BATCH):
+        count = _LARGE_BATCH if self._memory_for_data >= _LARGE_FROM else BATCH
+        for _ in range(count):
             if images and not jobs:
-                victims, came_round = self._image_clock.take(movable, BATCH)
+                victims, came_round = self._image_clock.take(movable, count)
             else:
-                victims, came_round = self._clock.take(devices, BATCH - len(jobs))
+                victims, came_round = self._clock.take(devices, count - len(jobs))
             for device, cluster in victims:
                 if cluster in device.reclaiming or device.is_receiving(cluster):
                     continue
@@ -303,7 +306,7 @@ class Reclaimer:
                     device.drop_resident(cluster)
                     self.counters.dropped_clean += 1
                     self._gains += 1
-            if came_round or len(jobs) == BATCH:
+            if came_round or len(jobs) == count:
                 return jobs, came_round
         return jobs, False
 
@@ -347,10 +350,12 @@ class Reclaimer:
     async def _collect(self) -> None:
         done, _ = await asyncio.wait(self._at_work, timeout=LATE_S, return_when=asyncio.FIRST_COMPLETED)
         for batch in done:
-            await asyncio.sleep(0)  # to settle one takes a quarter of a millisecond
             if error := batch.exception():
                 self._surprised(error)
-            self._settle(self._at_work.pop(batch))
+            jobs = self._at_work.pop(batch)
+            for at in range(0, len(jobs), BATCH):
+                await asyncio.sleep(0)  # it takes a quarter of a millisecond
+                self._settle(jobs[at : at + BATCH])
 
     def _settle(self, jobs: list[_Job]) -> None:
         """Let images take the place of their clusters; those of neighbours together."""
