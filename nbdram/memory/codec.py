@@ -15,6 +15,7 @@ The checksum of no bytes is not zero: an image that was lost, and reads as zeros
 import errno
 from collections.abc import Container, Sequence
 from struct import Struct
+from struct import error as TooShort
 from typing import Final, Self
 
 import lz4.block
@@ -120,35 +121,39 @@ class Codec:
 
         Nothing of it is a view of the image, which may be dropped while the pieces wait to be sent.
         """
-        if len(image) < self._header.size:
-            raise IntegrityError("a cold image was cut off")
-        fields = self._unpack(image)
         size = self.block_bytes
-        first = start // size
-        at = self._header.size + sum(fields[:first])
+        number = start // size
+        try:
+            fields = self._unpack(image)
+        except TooShort as error:
+            raise IntegrityError("a cold image was cut off") from error
+        at = self._header.size + sum(fields[:number])
         pieces: list[memoryview | bytes] = []
-        base = first * size
-        for number in range(first, (end - 1) // size + 1):
+        base = number * size
+        while True:
             length = fields[number]
             packed = image[at : at + length]
             if _checksum(packed) & 0xFFFFFFFF != fields[self._blocks + number] or len(packed) != length:
                 raise IntegrityError(_NO_MATCH)
-            at += length
             if length == size:
                 block = bytes(packed)
             elif length:
                 try:
-                    block = _decompress(packed, uncompressed_size=size)
+                    block = _decompress(packed, size)
                 except lz4.block.LZ4BlockError as error:
                     raise IntegrityError("a cold image can't be decompressed") from error
             else:
                 block = self._zeros
-            if start <= base and base + size <= end:
+            after = base + size
+            if start <= base and after <= end:
                 pieces.append(block)
             else:
                 pieces.append(memoryview(block)[start - base if start > base else 0 : end - base])
-            base += size
-        return pieces
+            if after >= end:
+                return pieces
+            at += length
+            base = after
+            number += 1
 
     def check(self, image: memoryview | bytes) -> None:
         """IntegrityError if an image is not what was stored; nothing is decompressed."""

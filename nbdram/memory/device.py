@@ -28,7 +28,6 @@ from nbdram.memory.layout import (
     READ_TOUCH,
     RESIDENT,
     RESIDENT_AND_DIRTY,
-    RESIDENT_MASKS,
     SLOT_SHIFT,
     TIER_MASK,
     TIER_SHIFT,
@@ -122,38 +121,34 @@ class Device(Space):
                 references[cluster] = TOUCHED
         return True
 
-    def read_cold(self, cluster: int, offset: int, end: int) -> list[Buffer] | None:
-        """The bytes [offset, end) of a cluster, none of them resident, from its image in RAM.
+    def read_cold(self, cluster: int, word: int, offset: int, end: int) -> list[Buffer]:
+        """The bytes [offset, end) of a cluster with this word, none of them resident, from its image in RAM.
 
-        None if the case is another one. The first time they are read through; when the same are read again before the
-        clock's hand comes by, the pages become resident, if there is memory. If there is much, any of the cluster do.
+        The first time they are read through; when the same are read again before the clock's hand comes by, the pages
+        become resident, if there is memory. If there is much, any of the cluster do. IntegrityError as `decode`.
         """
-        word = self.words[cluster]
-        within = offset & CLUSTER - 1
-        mask = RESIDENT_MASKS[within >> PAGE_SHIFT << 4 | within + end - offset - 1 >> PAGE_SHIFT]
-        if word & mask or word >> TIER_SHIFT & TIER_MASK != RAM:
-            return None
         self.ram_faults += 1
-        if self.ram_faults & _SAMPLED_FAULTS:
-            return self._read_image(cluster, word, offset, end)
-        begun = time.perf_counter()
-        content = self._read_image(cluster, word, offset, end)
-        seconds = time.perf_counter() - begun
-        self.ram_fault_times.add(seconds)
-        self.ram_fault_seconds.observe(seconds, _SAMPLED_FAULTS + 1)
-        return content
-
-    def _read_image(self, cluster: int, word: int, offset: int, end: int) -> list[Buffer]:
-        base = cluster << CLUSTER_SHIFT
-        page = offset - base >> PAGE_SHIFT
-        reference = self.references[cluster]
+        begun = 0.0 if self.ram_faults & _SAMPLED_FAULTS else time.perf_counter()
+        references = self.references
+        within = offset & CLUSTER - 1
+        page = within >> PAGE_SHIFT
+        reference = references[cluster]
+        read_through = True
         if reference == _COLD:
-            self.references[cluster] = READ_ONCE + page
+            references[cluster] = READ_ONCE + page
         elif reference <= TOUCHED:
-            self.references[cluster] = READ_ONCE_BESIDE + page
-        elif self.budget.has_spare(much=reference >= READ_ONCE and reference & 15 != page):
-            return self._promote(cluster, offset, end)
-        return self.decode(cluster, word, offset - base, end - base)
+            references[cluster] = READ_ONCE_BESIDE + page
+        else:
+            read_through = not self.budget.has_spare(much=reference >= READ_ONCE and reference & 15 != page)
+        if read_through:
+            content = self.decode(cluster, word, within, within + end - offset)
+        else:
+            content = self._promote(cluster, offset, end)
+        if begun:
+            seconds = time.perf_counter() - begun
+            self.ram_fault_times.add(seconds)
+            self.ram_fault_seconds.observe(seconds, _SAMPLED_FAULTS + 1)
+        return content
 
     def decode(self, cluster: int, word: int, start: int, end: int, image: bytes | None = None) -> list[Buffer]:
         """Bytes [start, end) of a cluster out of its image, which is in RAM if it is not given.
@@ -265,9 +260,7 @@ class Device(Space):
                     self.references[cluster] = TOUCHED
                 buffers = [self.hot_view[base + first : base + last]]
             elif tier == Tier.RAM:
-                content = self.read_cold(cluster, base + first, base + last)
-                assert content
-                buffers = content
+                buffers = self.read_cold(cluster, word, base + first, base + last)
             elif tier != Tier.HOLE:
                 image = images.get(cluster) if images else None
                 if image is None or not image.is_current:

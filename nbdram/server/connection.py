@@ -23,7 +23,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Final, Protocol, cast
@@ -31,7 +31,16 @@ from typing import Any, Final, Protocol, cast
 from nbdram.access import Client
 from nbdram.memory.device import Device, FarPage
 from nbdram.memory.incoming import Incoming
-from nbdram.memory.layout import CLUSTER, CLUSTER_SHIFT, RESIDENT_AND_DIRTY_MASKS, RESIDENT_MASKS, TOUCHED
+from nbdram.memory.layout import (
+    CLUSTER,
+    CLUSTER_SHIFT,
+    RAM,
+    RESIDENT_AND_DIRTY_MASKS,
+    RESIDENT_MASKS,
+    TIER_MASK,
+    TIER_SHIFT,
+    TOUCHED,
+)
 from nbdram.memory.readahead import ReadAhead
 from nbdram.memory.space import Copies
 from nbdram.protocol import wire
@@ -61,6 +70,7 @@ _MAX_BUFFERS: Final = 1000
 _MAX_BATCH_BYTES: Final = 4 * 1024 * 1024
 # Decompressed bytes are ours until the socket takes them: at most this much, and one answer, for each connection.
 _MAX_COPIED_BYTES: Final = 256 * 1024
+_COPIED_WEIGHT: Final = _MAX_BATCH_BYTES // _MAX_COPIED_BYTES
 _TASK_BYTES: Final = 4096  # about what a request that waits takes
 _TASKS_WHERE_SHORT: Final = 16  # that wait at once for each client, while memory is short
 
@@ -417,8 +427,10 @@ class Connection(asyncio.BufferedProtocol):
         out: list[Buffer] = []
         append = out.append
         done = bytearray()  # what acknowledges the WRITEs
-        cold = False  # something was read out of an image
-        reads = writes = read_bytes = written_bytes = 0
+        reads = writes = read_bytes = written_bytes = copied = 0
+        found: Sequence[Buffer] | None
+        resident: Sequence[Buffer] = []  # stands for what is found in `hot`
+        read_cold = device.read_cold
         batch_end = _MAX_BATCH_BYTES
         at = 0
         if self._skip:
@@ -436,32 +448,40 @@ class Connection(asyncio.BufferedProtocol):
             stop = offset + length
             if command == 0 and not flags and stop <= size:  # READ
                 within = offset & 0xFFFF
+                found = None
                 if 0 < length <= CLUSTER - within:
                     cluster = offset >> CLUSTER_SHIFT
-                    resident = False
                     reference = references[cluster]
                     if reference:
                         mask = masks[within >> 12 << 4 | (within + length - 1) >> 12]
-                        if words[cluster] & mask == mask:
+                        word = words[cluster]
+                        here = word & mask
+                        if here == mask:
                             if reference < TOUCHED:
                                 references[cluster] = TOUCHED
-                            resident = True
-                        elif self._read_cold(out, cluster, cookie, offset, stop):
-                            cold = True
-                            at += header_bytes
-                            if self._stalled:
-                                break
-                            continue
-                else:
-                    resident = 0 < length <= wire.MAX_PAYLOAD_BYTES and device.is_resident(offset, stop)
-                if resident:
+                            found = resident
+                        elif not here and word >> TIER_SHIFT & TIER_MASK == RAM:
+                            try:
+                                found = read_cold(cluster, word, offset, stop)
+                            except OSError as error:
+                                self.fail(out, wire.Command.READ, cookie, offset, error)
+                                at += header_bytes
+                                continue
+                elif 0 < length <= wire.MAX_PAYLOAD_BYTES and device.is_resident(offset, stop):
+                    found = resident
+                if found is not None:
                     if structured:
                         append(pack_read(0x668E33EF, 1, 1, cookie, length + 8, offset))
                     elif simple:
                         append(pack_simple(0x67446698, 0, cookie))
                     else:
                         append(self.replies.data(cookie, offset, length, offset, last=True))
-                    append(hot_view[offset:stop])
+                    if found is resident:
+                        append(hot_view[offset:stop])
+                    else:
+                        out += found
+                        copied += length
+                        batch_end -= length * _COPIED_WEIGHT
                     reads += 1
                     read_bytes += length
                     at += header_bytes
@@ -520,29 +540,12 @@ class Connection(asyncio.BufferedProtocol):
             self._send(out)
             if sample:
                 self._end_sample(*sample)
-            if reads >= _DOZE_FROM and not cold and service.last_served is self and not self._stalled:
+            if reads >= _DOZE_FROM and not copied and service.last_served is self and not self._stalled:
                 time.sleep(min(reads * _DOZE_PER_READ_S, _DOZE_MAX_S))
         self.active = True
         if service.last_served is not self:
             service.last_served = self
             service.served_since = service.batches
-
-    def _read_cold(self, out: list[Buffer], cluster: int, cookie: int, offset: int, stop: int) -> bool:
-        """Answer a READ within one cluster, none of it resident, from its image in RAM; False: another case."""
-        try:
-            content = self.device.read_cold(cluster, offset, stop)
-        except OSError as error:
-            self.fail(out, wire.Command.READ, cookie, offset, error)
-            return True
-        if content is None:
-            return False
-        out.append(self.replies.data(cookie, offset, stop - offset, offset, last=True))
-        out += content
-        counters = self.export.counters
-        counters.operations["read"] += 1
-        counters.read_bytes += stop - offset
-        self.copied(out, stop - offset)
-        return True
 
     def copied(self, out: list[Buffer], length: int) -> None:
         """An answer of so many bytes that are not views of `hot` is in `out`; send what is there if that is much."""
