@@ -289,7 +289,7 @@ def _fail_over(servers: Cluster) -> dict[str, float]:
             stored[at] = image
             at += 1
 
-    storing = threading.Thread(target=store_on)
+    storing = threading.Thread(target=store_on, daemon=True)
     storing.start()
     time.sleep(1)
     victim = servers.masters[0]
@@ -305,7 +305,7 @@ def _fail_over(servers: Cluster) -> dict[str, float]:
         took[0] = time.perf_counter() - begun
         failed_over.set()
 
-    watching = threading.Thread(target=watch)
+    watching = threading.Thread(target=watch, daemon=True)
     watching.start()
     tier.fetch(mine, 0, len(stored[mine])).result()
     resumed = time.perf_counter() - begun
