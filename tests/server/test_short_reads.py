@@ -179,7 +179,7 @@ async def test_an_error_of_ours_ends_the_connection_and_not_those_of_others(
         ask(wire, 3)
         other = asyncio.create_task(fetcher.fetch(slow.device, 3))
         await begun(slow, 1)
-        monkeypatch.setattr(slow.device, "gather", lambda *_: 1 / 0)
+        monkeypatch.setattr(slow.device, "read_fetched", lambda *_: 1 / 0)
         slow.may_go.set()
         assert (await other).content == content(3)
         await eventually(lambda: wire.closed)
