@@ -66,7 +66,7 @@ class Clock:
         aged = passed.translate(self._aged)
         self.aged += len(passed) - len(passed.translate(None, self._ages))
         self.aged -= sum(state in self._ages for _, state in kept)
-        if device.has_far_room():  # what would not compress had to stay while there was none
+        if device.roomy_tier():  # what would not compress had to stay while there was none
             aged = aged.translate(_FREED)
         references[start:stop] = aged
         for cluster, state in kept:

@@ -157,9 +157,8 @@ class Device(Space):
         """
         try:
             length = word >> LENGTH_SHIFT & LENGTH_MASK
-            if length != CLUSTER and (image is None or len(image) == length):  # as `decode_quietly`, in fewer calls
-                content = self.ram.load(cluster, word >> SLOT_SHIFT & 1, length) if image is None else image
-                return self.codec.decode(content, start, end)
+            if image is None and length != CLUSTER:  # as `decode_quietly` has it, in one call less
+                return self.codec.decode(self.ram.load(cluster, word >> SLOT_SHIFT & 1, length), start, end)
             return self.decode_quietly(cluster, word, start, end, image)
         except IntegrityError as error:
             self.note_damage(cluster, error)

@@ -93,7 +93,7 @@ class Mover:
     def _full(self, share: float) -> set[int]:
         """Which disks have more than this share of what they may have; none if there is nowhere to go from there."""
         for device in self._devices():
-            if device.disk and device.remote and not device.remote_first and device.remote.has_any_room():
+            if device.disk and device.remote and not device.remote_first and device.remote.has_room():
                 areas = device.disk.areas  # the same for all
                 return {n for n, area in enumerate(areas) if area.used_bytes > share * area.size_bytes()}
         return set()
@@ -142,7 +142,7 @@ def _submit(jobs: list[_Job]) -> None:
     for job in jobs:
         device = job.device
         assert device.remote
-        if not device.remote.has_any_room():
+        if not device.remote.has_room():
             return
         try:
             image = device.load_image(job.cluster, job.word)

@@ -284,7 +284,7 @@ class Reclaimer:
         jobs: list[_Job] = []
         devices = self._devices()
         # Of images there may be very many: those that have nowhere to go are not looked through.
-        movable = [device for device in devices if device.has_far_room()] if images else []
+        movable = [device for device in devices if device.roomy_tier()] if images else []
         count = _LARGE_BATCH if self._memory_for_data >= _LARGE_FROM else BATCH
         for _ in range(count):
             if images and not jobs:
@@ -296,7 +296,7 @@ class Reclaimer:
                     continue
                 word = device.words[cluster]
                 if word >> DIRTY_SHIFT & RESIDENT or not word & RESIDENT:
-                    if not word & RESIDENT and not device.has_far_room(cluster):
+                    if not word & RESIDENT and not device.roomy_tier():
                         continue
                     jobs.append(_Job(device, cluster, word))
                     device.reclaiming.add(cluster)
@@ -338,7 +338,7 @@ class Reclaimer:
         if near:
             images = await packer.pack([(job.device, job.cluster, job.word) for job in near])
             for job, image in zip(near, images, strict=True):
-                stuck = image == INCOMPRESSIBLE and not job.device.has_far_room(job.cluster)
+                stuck = image == INCOMPRESSIBLE and not job.device.roomy_tier()
                 job.image = STUCK if stuck else image
                 if image == FAILED:  # the process was lost, perhaps: in the middle of it
                     job.device.release_stray(job.cluster)
@@ -447,10 +447,9 @@ def _hand_over(packer: Packer, job: _Job) -> None:
     if remote is None or not packer.is_ready:
         return
     is_image = not job.word & RESIDENT and job.word >> TIER_SHIFT & TIER_MASK == Tier.RAM
-    if is_image or job.image == INCOMPRESSIBLE or (remote.is_likely and job.is_near):
-        tier = next((tier for tier in job.device.far_tiers() if tier.has_room(job.cluster)), None)
-        if tier is remote:
-            job.handed = remote.hand_over(packer, job.cluster, free_slot(job.word, Tier.REMOTE))
+    is_wanted = is_image or job.image == INCOMPRESSIBLE or (remote.is_likely and job.is_near)
+    if is_wanted and job.device.roomy_tier() is remote:
+        job.handed = remote.hand_over(packer, job.cluster, free_slot(job.word, Tier.REMOTE))
 
 
 def _store(jobs: list[_Job]) -> None:
@@ -491,12 +490,12 @@ def _demote(job: _Job) -> int:
 
 def _store_below(job: _Job, image: bytes) -> int:
     """Have an image stored in the first tier below RAM that has room; the word of it, or STUCK."""
-    for tier in job.device.far_tiers():
-        if tier.has_room(job.cluster):
-            slot = free_slot(job.word, tier.tier) | tier.place(job.cluster) << 1
-            job.storing = tier.submit(job.cluster, slot, image)
-            return cold_word(len(image), slot, tier.tier)
-    return STUCK
+    tier = job.device.roomy_tier()
+    if tier is None:
+        return STUCK
+    slot = free_slot(job.word, tier.tier) | tier.place(job.cluster) << 1
+    job.storing = tier.submit(job.cluster, slot, image)
+    return cold_word(len(image), slot, tier.tier)
 
 
 def anonymous_bytes(pid: int | None = None) -> int:

@@ -441,11 +441,9 @@ class Space:
         tiers = (self.remote, self.disk) if self.remote_first else (self.disk, self.remote)
         return [tier for tier in tiers if tier]
 
-    def has_far_room(self, cluster: int | None = None) -> bool:
-        """Whether it is worth trying to store an image below RAM: of a cluster, or at all."""
-        if cluster is None:
-            return any(tier.has_any_room() for tier in self.far_tiers())
-        return any(tier.has_room(cluster) for tier in self.far_tiers())
+    def roomy_tier(self) -> "DiskTier | RemoteTier | None":
+        """The first tier below RAM where it is worth trying to store an image."""
+        return next((tier for tier in self.far_tiers() if tier.has_room()), None)
 
     def _count_far(self, word: int, clusters: int, pages: int) -> None:
         if word >> TIER_SHIFT & TIER_MASK == Tier.DISK:

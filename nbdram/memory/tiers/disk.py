@@ -185,11 +185,8 @@ class DiskTier:
             os.close(fd)
         self.files.clear()
 
-    def has_room(self, _: int = 0) -> bool:
+    def has_room(self) -> bool:
         return any(area.has_room() for area in self.areas)
-
-    def has_any_room(self) -> bool:
-        return self.has_room()
 
     def place(self, cluster: int) -> int:
         """How many areas further than its own a cluster finds room; 0 if there is none."""

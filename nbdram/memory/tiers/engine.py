@@ -211,7 +211,7 @@ class Engine:
                     continue
                 if len(self.settings.addresses) > 1:
                     raise NbdramError(f"{address_text(address)} is no cluster: name it alone") from error
-                self._slots = None
+                self._slots, self._owners = None, [self.settings.addresses[0]]
                 return
             except _Broken as error:
                 failure = error

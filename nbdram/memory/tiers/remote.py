@@ -143,7 +143,7 @@ class Remote:
 
     def takes(self, key: bytes) -> bool:
         """Whether the node for a key may take an image."""
-        return not self.refusals or self.refusals.takes(self.engine.owner(key))
+        return self.refusals.takes(self.engine.owner(key))
 
     def stored(self, key: bytes, length: int) -> None:
         with self._lock:
@@ -253,10 +253,7 @@ class RemoteTier:
     def close(self) -> None:
         self.generations.close()
 
-    def has_room(self, _: int = 0) -> bool:
-        return self.remote.has_room()
-
-    def has_any_room(self) -> bool:
+    def has_room(self) -> bool:
         return self.remote.has_room()
 
     def place(self, _: int) -> int:
@@ -336,12 +333,12 @@ class RemoteTier:
             told(image, error)
 
         wait_s = self.remote.settings.wait_s if wait_s is None else wait_s
-        self.remote.fetch(image_key(self._identity, cluster, generation), wait_s, finish, on_loop=on_loop)
+        self.remote.fetch(self._key(cluster, generation), wait_s, finish, on_loop=on_loop)
 
     def _open(self, sealed: bytes | memoryview | None, cluster: int, generation: int, length: int) -> bytes:
         if sealed is None:
             raise MissingImage("an image is missing in the remote")
-        image = self.remote.open_sealed(sealed, image_label(self._identity, cluster, generation))
+        image = self.remote.open_sealed(sealed, self._label(cluster, generation))
         if len(image) != length:
             raise IntegrityError("an image in the remote is not what was stored")
         self.remote.fetched_images += 1
