@@ -5,11 +5,14 @@ nbd://host/data  /data     nbdram  connections=4       0 0
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Final
 
 from nbdram.cli import main
+from nbdram.cli.parser import Parser
+from nbdram.client.mount_notes import note_of
 
 # Options that are ours, of which `keep` and the like have no value; all others are the kernel's.
 _WITH_VALUE: Final = (
@@ -24,7 +27,7 @@ _WRONG_CALL, _MOUNT_FAILED = 1, 32  # mount(8) says which exit codes mean what
 
 def mount(arguments: Sequence[str] | None = None) -> int:
     """mount.nbdram NAME|URI DIR [-sfnv] [-o OPTIONS]"""
-    parser = argparse.ArgumentParser(prog="mount.nbdram", description="`nbdram mount` for mount(8) and /etc/fstab.")
+    parser = Parser(prog="mount.nbdram", description="`nbdram mount` for mount(8) and /etc/fstab.")
     parser.add_argument("source", metavar="NAME|URI")
     parser.add_argument("point", metavar="DIR")
     parser.add_argument("-o", dest="options", default="", help="size=64g, and what `nbdram mount` knows")
@@ -32,8 +35,25 @@ def mount(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-t", dest="kind", help=argparse.SUPPRESS)
     parser.add_argument("-s", "-n", "-v", dest="ignored", action="store_true", help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
-    words = translate(parsed.source, parsed.point, parsed.options)
+    source = _as_written(parsed.source)
+    words = translate(source, parsed.point, parsed.options)
+    if _is_there(source, parsed.point):  # `mount -a` calls for it each time: the kernel knows a device, not the name
+        print(f"mount.nbdram: {source} is mounted at {parsed.point} already", file=sys.stderr)
+        return 0
     return 0 if parsed.fake else _exit_code(main(words))
+
+
+def _as_written(source: str) -> str:
+    """mount(8) makes a path of a name if there is a file of that name where it is called: /scratch of scratch, in /."""
+    directory, name = os.path.split(source)
+    return name if os.path.isabs(source) and directory == os.getcwd() else source
+
+
+def _is_there(source: str, point: str) -> bool:
+    note = note_of(point)
+    if note is None or note.point != os.path.realpath(point) or not note.is_mounted:
+        return False
+    return source == note.uri if "://" in source else bool(note.server) and source in ("none", "nbdram", note.name)
 
 
 def translate(source: str, point: str, options: str) -> list[str]:
