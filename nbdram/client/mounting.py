@@ -20,7 +20,7 @@ from nbdram.client.ask_keeper import ask
 from nbdram.client.attachment import default_directory
 from nbdram.client.filesystems import FILE_SYSTEMS
 from nbdram.client.mount_notes import MountNote, Place
-from nbdram.client.mountinfo import mounted_at
+from nbdram.client.mountinfo import mounted_at, mounts
 from nbdram.client.undoing import Steps, all_or_nothing, uninterrupted
 from nbdram.config import SwapSettings
 from nbdram.errors import NbdramError, UsageError
@@ -181,6 +181,7 @@ def _detach(device: str) -> None:
 
 def _mount(wanted: Wanted, place: Place, note: MountNote, steps: Steps) -> MountNote:
     device, point = Path(note.device), wanted.point
+    _need_to_be_alone(note)
     under = point.stat()
     found = filesystems.found_on(device)
     if found and wanted.kind and found != wanted.kind:
@@ -203,6 +204,22 @@ def _mount(wanted: Wanted, place: Place, note: MountNote, steps: Steps) -> Mount
         point.chmod(_or(wanted.mode, under.st_mode & 0o7777))
     place.write(note)
     return note
+
+
+def _need_to_be_alone(note: MountNote) -> None:
+    """NbdramError if the export is in use on this host as another device: two file systems on it would destroy it."""
+    devices = {device["device"]: device for device in ask(default_directory(), "status")["devices"]}
+    ours = devices.pop(note.device, None)
+    if ours is None:
+        return
+    same = "identity" if ours["identity"] else "uri"
+    for device in devices:
+        if devices[device][same] == ours[same] and sysfs.is_in_use(sysfs.index_of(device)):
+            points = [f" at {mount.point}" for mount in mounts() if mount.source == device]
+            raise NbdramError(
+                f"{note.uri} is in use already, as {device}{''.join(points[:1])}, and mounted twice it would be "
+                "destroyed: unmount that first, or show it in a second place with `mount --bind`"
+            )
 
 
 def _unmount(point: Path, device: str) -> None:

@@ -1,5 +1,6 @@
 """What the kernel shows of its network block devices in /sys/block and /dev."""
 
+import errno
 import os
 import re
 import shutil
@@ -75,6 +76,15 @@ def wait_until_free(index: int) -> None:
 def open_exclusively(index: int) -> int:
     """A descriptor of the device that nobody else uses; OSError EBUSY if it is mounted or held otherwise."""
     return os.open(path_of(index), os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
+
+
+def is_in_use(index: int) -> bool:
+    """Whether the device is mounted, in whatever namespace, or held otherwise."""
+    try:
+        os.close(open_exclusively(index))
+    except OSError as error:
+        return error.errno == errno.EBUSY
+    return False
 
 
 def _of(index: int, name: str) -> Path:
