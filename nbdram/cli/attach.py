@@ -7,7 +7,7 @@ from typing import Any
 
 from nbdram.client import sysfs
 from nbdram.client.ask_keeper import ask, ask_if_running
-from nbdram.client.attachment import default_directory
+from nbdram.client.attachment import Notes, default_directory
 from nbdram.client.capability import need_sys_admin
 from nbdram.config import absolute_uri, format_size
 from nbdram.errors import UsageError
@@ -82,6 +82,8 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
 def _status(*, as_json: bool) -> int:
     directory: Path = default_directory()
     answer = ask_if_running(directory, "status")
+    if answer is None and Notes(directory).find():  # it was killed, and so was its parent: the devices need another
+        answer = ask(directory, "status")
     devices = answer["devices"] if answer else []
     if as_json:
         print(json.dumps(devices))

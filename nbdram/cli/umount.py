@@ -27,6 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise NbdramError(f"nbdram has mounted nothing at {os.path.realpath(arguments.what)}: see `nbdram mount`")
     from nbdram.client.unmounting import unmount
 
+    os.chdir("/")  # called from within, at least this process is not in the way
     try:
         freed = unmount(note, free=arguments.free, force=arguments.force, leftovers=arguments.leftovers)
     except OSError as error:

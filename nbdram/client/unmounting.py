@@ -29,6 +29,8 @@ def unmount(note: MountNote, *, free: bool = False, force: bool = False, leftove
             ask(default_directory(), "detach", index=sysfs.index_of(note.device))
         place.write(replace(note, kind=""))  # so that the keeper does not clear up meanwhile
         try:
+            if _is_ours(note):
+                ask(default_directory(), "status")  # a keeper is there then, for what is still to be written
             _unmount(note)
         except BaseException:
             place.write(note)
@@ -59,7 +61,7 @@ def _unmount(note: MountNote) -> None:
         users = users_of(there)
         if not users:
             raise
-        raise NbdramError(f"{point} is in use by {users}: end that first") from None
+        raise NbdramError(f"{point} is in use by {users}: end that first, or leave the directory") from None
 
 
 def _is_ours(note: MountNote) -> bool:
