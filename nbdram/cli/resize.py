@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 from nbdram.cli.exports import add_control
 from nbdram.config import check_size, format_size, parse_size
+from nbdram.errors import NbdramError
 from nbdram.observe.control import ask, default_path
 
 
@@ -18,6 +19,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser.add_argument("--shrink", action="store_true", help="allow a smaller one, above all data")
     parser.add_argument("--grow-fs", action="store_true", help="let the file system that is mounted have it all")
     add_control(parser)
+    parser.set_defaults(control=None)  # given, it is a server's, not a mount's
     parser.set_defaults(run=run)
 
 
@@ -25,10 +27,12 @@ def run(arguments: argparse.Namespace) -> int:
     from nbdram.client.mount_notes import Place, note_of
 
     size = check_size(parse_size(arguments.size))
-    name, control = arguments.name, arguments.control
-    note = note_of(name) if control == default_path() else None
+    name, control = arguments.name, arguments.control or default_path()
+    note = None if arguments.control else note_of(name)
     if note and note.server:
         name, control = note.name, Place(note.name).control
+    elif Path(name).is_absolute() and not arguments.control:
+        raise NbdramError(f"no server of this host has mounted anything at {name}: see `nbdram mount`")
     resized = resize(control, name, size, shrink=arguments.shrink)
     if note and note.server:
         Place(note.name).write(replace(note, size=size))
