@@ -38,18 +38,8 @@ _COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 1 on failure, 2 for a mistake in what was asked."""
-    parser: argparse.ArgumentParser = Parser(prog="nbdram", description="NBD devices that live in RAM.")
-    parser.add_argument("--version", action="version", version=f"nbdram {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    modules = [_COMMANDS[words[0]]] if words and words[0] in _COMMANDS else _COMMANDS.values()
-    for module in modules:
-        importlib.import_module(f"nbdram.cli.{module}").add(commands)
-    parsed, unknown = parser.parse_known_args(words)
-    if unknown:
-        command = f"nbdram {words[0]}" if words[0] in _COMMANDS else "nbdram"
-        Parser(prog=command).error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
+        parsed = _parse(sys.argv[1:] if arguments is None else list(arguments))
         code: int = parsed.run(parsed)
         sys.stdout.flush()
     except UsageError as error:
@@ -70,3 +60,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return code
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    """What was asked for; whoever asks for what there is not is told so, and sent away with 2."""
+    parser: argparse.ArgumentParser = Parser(prog="nbdram", description="NBD devices that live in RAM.")
+    parser.add_argument("--version", action="version", version=f"nbdram {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    modules = [_COMMANDS[words[0]]] if words and words[0] in _COMMANDS else _COMMANDS.values()
+    for module in modules:
+        importlib.import_module(f"nbdram.cli.{module}").add(commands)
+    parsed, unknown = parser.parse_known_args(words)
+    if unknown:
+        command = f"nbdram {words[0]}" if words[0] in _COMMANDS else "nbdram"
+        Parser(prog=command).error(f"unrecognized arguments: {' '.join(unknown)}")
+    return parsed
