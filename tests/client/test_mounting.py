@@ -249,6 +249,35 @@ def test_options_of_fstab_become_those_of_the_command(source: str, options: str,
     assert mount_helper.translate(source, "/x", options) == ["mount", *words]
 
 
+def test_a_name_that_mount_took_for_a_path_is_a_name(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, point: Path
+) -> None:
+    options = ["-o", "size=1g,device=/dev/nbd99999999"]
+    assert mount_helper.mount([str(point), str(point), *options]) == 1
+    assert f"'{point}' can't be a mount's name" in capsys.readouterr().err
+    monkeypatch.chdir(point.parent)
+    assert mount_helper.mount([str(point), str(point), "-f", *options]) == 0
+    asked: list[str] = []
+    monkeypatch.setattr(mount_helper, "main", asked.extend)
+    mount_helper.mount([str(point), str(point), "-o", "size=1g"])
+    assert asked == ["mount", "--name=scratch", "--", "1g", str(point)]
+
+
+def test_what_is_mounted_already_is_no_mistake_in_fstab(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, point: Path
+) -> None:
+    monkeypatch.setattr(mount_notes, "mounted_at", lambda path: Mounted("/dev/nbd7", path, "ext4", 0))
+    Place("work").make()
+    Place("work").write(MountNote("work", str(point), "nbd://h/n", "/dev/nbd7"))
+    assert mount_helper.mount(["nbd://h/n", str(point)]) == 0
+    assert capsys.readouterr().err == f"mount.nbdram: nbd://h/n is mounted at {point} already\n"
+    monkeypatch.setattr(mount_helper, "main", lambda words: 1)
+    assert mount_helper.mount(["nbd://h/other", str(point)]) == 32
+    assert mount_helper.mount(["work", str(point), "-o", "size=1g"]) == 32
+    Place("work").write(MountNote("work", str(point), "nbd+unix:///work", "/dev/nbd7", server=("serve",)))
+    assert mount_helper.mount(["work", str(point), "-o", "size=1g"]) == 0
+
+
 def test_the_helper_speaks_mounts_exit_codes(capsys: pytest.CaptureFixture[str], point: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         mount_helper.mount(["work", str(point), "-o", "nosuid"])

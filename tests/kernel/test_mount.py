@@ -100,6 +100,16 @@ def test_a_file_system_in_ram_comes_and_goes_with_one_command_each(guest: Guest)
         umount $D
         until [ -z "$(nbdram mount)" ]; do sleep 0.1; done
         clean
+
+        # At boot it is called in /, where the name may be a directory's; and `mount -a` may be said again.
+        echo "scratch $D nbdram size=256m,memory=64m 0 0" >$TMPDIR/fstab
+        cd $(dirname $D)
+        mount --fstab $TMPDIR/fstab -a
+        nbdram mount | grep -q " scratch$"
+        mount --fstab $TMPDIR/fstab -a 2>&1 | grep "scratch is mounted at $D already"
+        cd /
+        nbdram umount scratch
+        clean
         refused "say how large it is" mount -t nbdram work $D -o nosuid
         """,
     )
@@ -115,6 +125,9 @@ def test_an_export_of_any_server_is_mounted_by_its_uri(guest: Guest) -> None:
         URI=nbd://$SERVER
         nbdram mount $URI/data $D | grep -q "^$D is 1 GiB of ext4 on /dev/nbd0, which is $URI/data$"
         echo precious >$D/file
+        mkdir /run/other
+        refused "is in use already, as /dev/nbd0 at $D, .*: unmount that first" nbdram mount $URI:10809/data /run/other
+        [ "$(nbdram attach --status | wc -l)" = 1 ]
         nbdram umount $D | grep -q "^$D is unmounted$"
         clean
         refused "there is ext4 on $URI/data, not xfs" nbdram mount $URI/data $D --fs xfs
@@ -235,6 +248,15 @@ END
         echo 3 >/proc/sys/vm/drop_caches
         [ "$(cat $D/file)" = precious ]
         nbdram umount $D
+        clean
+
+        # All are killed, the keeper and its parent too: who asks for a keeper next starts one, which goes on.
+        $mount
+        for asks in "$NBDRAM attach --status" "$NBDRAM umount $D"; do
+            echo precious >$D/file
+            kill -9 $(pgrep -f 'nbdram keeper') $(pgrep -f 'nbdram serve')
+            $asks | grep "/dev/nbd0 \|free again"
+        done
         clean
 
         until_says "nothing left to keep" cat /run/nbdram/keeper.log
