@@ -1,4 +1,4 @@
-# make demo | test | bench | crash | lint: each sets itself up first (a .venv, and Debian packages).
+# `make help` tells what there is; each target sets itself up first (a .venv, and Debian packages).
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,9 +13,22 @@ TEST_PACKAGES := $(DEMO_PACKAGES) libnbd-bin python3-libnbd qemu-utils fio nbdki
 # And what compiles the benchmarks' floor.
 BENCH_PACKAGES := $(TEST_PACKAGES) gcc libc6-dev
 
-.PHONY: setup demo test bench report crash lint clean packages-demo packages-test packages-bench
+.PHONY: setup help demo test bench report crash lint clean packages-demo packages-test packages-bench
 
 setup: packages-demo .venv/ready
+
+help:
+	@echo 'make setup    .venv/bin/nbdram'
+	@echo 'make demo     a real kernel, a 1 TiB device, ext4, files: half a minute'
+	@echo 'make test     lint and all tests, with coverage; PYTEST_ARGS="tests/memory -x" for some'
+	@echo 'make lint     ruff and mypy'
+	@echo 'make bench    beside other servers; BENCH_ARGS="serving --rounds 2"'
+	@echo 'make report   docs/benchmarks.md, measured anew'
+	@echo 'make crash    servers killed under a file system: docs/crash.md; CRASH_ARGS="--kills 20"'
+	@echo 'make soak     mixed clients, for MINUTES=60: docs/soak.md'
+	@echo 'make chaos    faults under load: docs/chaos.md; CHAOS_ARGS="--times 2"'
+	@echo 'make fuzz     for MINUTES=10: docs/fuzzing.md'
+	@echo 'make clean    removes .venv and caches; not .fuzz, the corpus'
 
 demo: packages-demo .venv/ready
 	$(BIN)/python -m bench.demo
@@ -62,7 +75,7 @@ packages-bench:
 	@deploy/need-packages $(BENCH_PACKAGES)
 
 clean:
-	rm -rf .venv build *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build *.egg-info .coverage .coverage.* .pytest_cache .hypothesis .mypy_cache .ruff_cache
 
 # Mixed clients on many exports, verified all the time, for so many minutes; docs/soak.md.
 .PHONY: soak

@@ -20,6 +20,8 @@ def main() -> int:
     parser.add_argument("--only", choices=FAULTS, metavar="NAME", action="append", help=", ".join(FAULTS))
     parser.add_argument("--times", type=float, default=1.0, help="how much longer than usual each fault lasts")
     arguments = parser.parse_args()
+    if arguments.times <= 0:
+        parser.error("--times must be above 0")
     failed = 0
     print(HEAD, flush=True)
     for name in arguments.only or FAULTS:

@@ -28,7 +28,7 @@ from typing import Any, Final
 from nbdram.errors import NbdramError
 from nbdram.observe.control import ask
 from tests.kernel.attaching import BAD, PRELUDE, said
-from tests.kernel.guest import CHECKOUT, NBD_PORT, SERVER_ADDRESS, Guest, end
+from tests.kernel.guest import CHECKOUT, NBD_PORT, SERVER_ADDRESS, Guest, GuestError, end
 from tests.peers.killed import POINTS
 
 RANDOM, STARTING = "at a random moment", "while it starts"
@@ -293,11 +293,17 @@ def main() -> int:
     parser.add_argument("--only", choices=[variant.name for variant in VARIANTS], help="one variant, not all")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
+    if arguments.kills < 1:
+        parser.error("--kills must be at least 1")
     for variant in VARIANTS:
         if arguments.only in (None, variant.name):
             begun = time.monotonic()
-            print(f"{variant.name}: {campaign(variant, arguments.kills, arguments.seed)}", end="", flush=True)
-            print(f"; {time.monotonic() - begun:.0f} s", flush=True)
+            try:
+                figures = campaign(variant, arguments.kills, arguments.seed)
+            except (CrashError, GuestError) as error:
+                print(f"{variant.name}: {error}", file=sys.stderr)
+                return 1
+            print(f"{variant.name}: {figures}; {time.monotonic() - begun:.0f} s", flush=True)
     return 0
 
 

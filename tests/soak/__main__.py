@@ -16,6 +16,10 @@ def main() -> int:
     parser.add_argument("--pause", type=float, default=0.2, help="seconds between the steps of each client")
     parser.add_argument("--samples", type=Path, help="where all samples go, as CSV")
     arguments = parser.parse_args()
+    if arguments.minutes <= 0:
+        parser.error("--minutes must be above 0")
+    if arguments.samples and not arguments.samples.absolute().parent.is_dir():
+        parser.error(f"--samples {arguments.samples}: there is no such directory: make it first")
     with tempfile.TemporaryDirectory(prefix="nbdram-soak-") as directory:
         report = uvloop.run(soak(Path(directory), arguments.minutes * 60, arguments.pause, arguments.samples))
     print(report)
