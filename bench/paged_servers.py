@@ -12,6 +12,7 @@ from bench import proc
 from bench.cgroup import MemoryLimit
 from bench.errors import BenchError
 from bench.servers import DEFAULT_EXPORT, Server, socket_in
+from bench.watched import Lateness
 from bench.zram import Zram
 from nbdram.observe.control import ask
 
@@ -33,9 +34,20 @@ class Paged(Server):
 class Nbdram(Paged):
     """Ours, without a disk unless `more` says so; `exports` are names and sizes, as in {"ram": "768M"}."""
 
-    def __init__(self, exports: Mapping[str, str], budget: int, name: str = "nbdram", more: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        exports: Mapping[str, str],
+        budget: int,
+        name: str = "nbdram",
+        more: Sequence[str] = (),
+        *,
+        is_watched: bool = False,
+    ) -> None:
+        """`is_watched`: it tells how late its event loop is."""
+
         def argv(directory: Path) -> list[str]:
-            command = [sys.executable, "-m", "nbdram", "serve", "--memory", str(budget)]
+            program = ["bench.watched", str(directory / "late")] if is_watched else ["nbdram"]
+            command = [sys.executable, "-m", *program, "serve", "--memory", str(budget)]
             command += ["--listen", f"unix:{socket_in(directory)}", "--control", str(directory / "control")]
             for export, size in exports.items():
                 command += ["--export", f"{export}={size}"]
@@ -46,6 +58,10 @@ class Nbdram(Paged):
     def held_bytes(self) -> int:
         """All of it: anonymous memory, resident pages, images, index."""
         return proc.held_bytes(self.pid, memfd_prefix="nbdram")
+
+    def longest_stall(self) -> float:
+        """The longest that its event loop did not come round, in seconds, since this was last asked."""
+        return Lateness(self.directory / "late").take()
 
     def stats(self) -> dict[str, Any]:
         return ask(self.directory / "control", "stats")

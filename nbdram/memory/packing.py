@@ -20,7 +20,7 @@ import errno
 import os
 import signal
 import socket
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from contextlib import suppress
 from functools import cache
 from struct import Struct
@@ -42,7 +42,7 @@ from nbdram.memory.layout import (
     page_runs,
 )
 from nbdram.memory.malloc import keep_what_is_freed
-from nbdram.memory.tiers.ram import RamTier
+from nbdram.memory.tiers.ram import MappedRamTier, RamTier
 
 if TYPE_CHECKING:
     from nbdram.memory.tiers.sending import Sending
@@ -154,6 +154,9 @@ def free_slot(word: int, tier: Tier) -> int:
     return 1 - (word >> SLOT_SHIFT & 1) if word >> TIER_SHIFT & TIER_MASK == tier else 0
 
 
+Places = Sequence[tuple[int, RamTier]]  # of each device in a message: the descriptor of `hot`, and its images
+
+
 def serve(fd: int) -> None:
     """The process: answer batches until the other end of the socket `fd` is closed."""
     for number in (signal.SIGINT, signal.SIGTERM):  # whole groups of processes are told: our server will end us
@@ -177,13 +180,16 @@ def serve(fd: int) -> None:
                 sending = sending or _sending(server)
                 sending.open(number, records[0], records[1:], files[0])
                 continue
+            places = [(hot, MappedRamTier(cold)) for hot, cold in zip(files[::2], files[1::2], strict=True)]
             try:
                 if kind == b"P":
-                    server.send(message[: HEAD.size] + b"".join(map(ANSWER.pack, _pack_all(records, files))))
+                    server.send(message[: HEAD.size] + b"".join(map(ANSWER.pack, _pack_all(records, places))))
                 else:
                     assert sending  # a connection came first
-                    _send_all(sending, message[: HEAD.size], records, files)
+                    _send_all(sending, message[: HEAD.size], records, places)
             finally:
+                for _, ram in places:
+                    ram.close()
                 for file in files:
                     os.close(file)
 
@@ -195,18 +201,18 @@ def _sending(server: socket.socket) -> "Sending":
     return Sending(server)
 
 
-def _pack_all(records: bytes, files: list[int]) -> list[int]:
+def _pack_all(records: bytes, places: Places) -> list[int]:
     done = []
     for device, block_bytes, level, cluster, word in REQUEST.iter_unpack(records):
         try:
-            hot, cold = files[2 * device : 2 * device + 2]
-            done.append(pack(hot, RamTier(cold), _codec(block_bytes, level), cluster, word))
+            hot, ram = places[device]
+            done.append(pack(hot, ram, _codec(block_bytes, level), cluster, word))
         except Exception:  # a thread of the server's tries again, and tells why
             done.append(FAILED)
     return done
 
 
-def _send_all(sending: "Sending", head: bytes, records: bytes, files: list[int]) -> None:
+def _send_all(sending: "Sending", head: bytes, records: bytes, places: Places) -> None:
     """Images as they are: in RAM already, or of what does not compress; what does goes to RAM."""
     from nbdram.memory.tiers.sending import Batch
 
@@ -214,8 +220,7 @@ def _send_all(sending: "Sending", head: bytes, records: bytes, files: list[int])
     for at, record in enumerate(REQUEST_TO_SEND.iter_unpack(records)):
         device, block_bytes, level, cluster, word, line, identity, generation = record
         try:
-            hot, cold = files[2 * device : 2 * device + 2]
-            ram = RamTier(cold)
+            hot, ram = places[device]
             image: bytes | bytearray
             if word & RESIDENT:
                 packed, image = pack_or_read(hot, ram, _codec(block_bytes, level), cluster, word, is_unlikely=True)

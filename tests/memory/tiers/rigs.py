@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from nbdram.memory.budget import Budget
 from nbdram.memory.device import Device
 from nbdram.memory.layout import Tier
 from nbdram.memory.tiers.disk import SwapArea
+from nbdram.memory.tiers.ram import MappedRamTier
 from nbdram.memory.tiers.remote import Remote
 from nbdram.memory.tiers.seal import SEAL_BYTES
 from nbdram.server.exports import Exports
@@ -61,6 +63,15 @@ class RamRig:
 
     def flip_a_bit(self, device: Device, cluster: int, slot: int) -> None:
         _flip(device.ram.fd, (2 * cluster + slot) * 65536 + 1000)
+
+
+class MappedRamRig(RamRig):
+    """As the process that compresses stores it."""
+
+    def store(self, device: Device, cluster: int, slot: int, image: bytes) -> None:
+        ram = MappedRamTier(device.ram.fd)
+        ram.store(cluster, slot, [image[:5], image[5:]])
+        ram.close()
 
 
 class DiskRig:
@@ -149,10 +160,10 @@ class RemoteRig:
 
 
 @contextmanager
-def ram_rig(_: Path, __: None) -> Iterator[Rig]:
+def ram_rig(_: Path, __: None, kind: type[RamRig] = RamRig) -> Iterator[Rig]:
     exports = Exports(Budget(64 * MIB))
     try:
-        yield RamRig(exports)
+        yield kind(exports)
     finally:
         exports.close()
 
@@ -178,7 +189,12 @@ def remote_rig(_: Path, servers: Cluster, **wanted: Any) -> Iterator["RemoteRig"
         yield RemoteRig(exports, remote, servers)
 
 
-RIGS: dict[str, Callable[..., AbstractContextManager[Rig]]] = {"ram": ram_rig, "disk": disk_rig, "remote": remote_rig}
+RIGS: dict[str, Callable[..., AbstractContextManager[Rig]]] = {
+    "ram": ram_rig,
+    "ram, mapped": partial(ram_rig, kind=MappedRamRig),
+    "disk": disk_rig,
+    "remote": remote_rig,
+}
 
 
 def swap_files(directory: Path, process: str | int = "self") -> list[int]:
