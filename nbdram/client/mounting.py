@@ -191,6 +191,8 @@ def _mount(wanted: Wanted, place: Place, note: MountNote, steps: Steps) -> Mount
     if not found:
         if system is None:
             raise UsageError(filesystems.cannot_make(note.kind))
+        if "ro" in wanted.options.split(","):
+            raise UsageError(f"there is no file system on {note.uri} yet: make one first, without the option ro")
         filesystems.make(system, device, journal=wanted.journal)
     check_point(point, nonempty=True)  # a mount of another name may have been quicker
     options = [system.options if system else _UNKNOWN_OPTIONS]

@@ -205,6 +205,8 @@ def test_a_step_that_fails_or_is_interrupted_undoes_those_before_it(guest: Guest
         clean
         refused "mount failed: " $mount -o nonsense
         clean
+        refused "there is no file system on .*: make one first, without the option ro" $mount -o nosuid,ro
+        clean
 
         # Interrupted where it is slow.
         mkdir $TMPDIR/bin
