@@ -4,12 +4,13 @@ python -m tests.chaos [--only NAME] [--times N]
 """
 
 import argparse
-import sys
 import tempfile
 import traceback
 from pathlib import Path
 
 import uvloop
+
+from tests import program
 
 from .faults import FAULTS
 from .world import HEAD
@@ -40,4 +41,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program.run(main)

@@ -13,6 +13,8 @@ from typing import Final
 
 import coverage
 
+from tests import program
+
 from .running import SLICE_S, Fuzzing
 from .targets import REACHABLE, TARGETS, Target
 
@@ -110,4 +112,4 @@ def _tell_totals(fuzzing: Fuzzing) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program.run(main)

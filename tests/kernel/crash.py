@@ -27,6 +27,7 @@ from typing import Any, Final
 
 from nbdram.errors import NbdramError
 from nbdram.observe.control import ask
+from tests import program
 from tests.kernel.attaching import BAD, PRELUDE, said
 from tests.kernel.guest import CHECKOUT, NBD_PORT, SERVER_ADDRESS, Guest, GuestError, end
 from tests.peers.killed import POINTS
@@ -308,4 +309,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program.run(main)

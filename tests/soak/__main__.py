@@ -1,11 +1,12 @@
 """`python -m tests.soak --minutes 60`: prints a report in Markdown; 1 if anything was wrong."""
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 
 import uvloop
+
+from tests import program
 
 from .running import soak
 
@@ -27,4 +28,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program.run(main)
