@@ -18,11 +18,13 @@ from nbdram.memory.layout import (
     CLUSTER,
     CLUSTER_SHIFT,
     DIRTY_SHIFT,
+    FAR_READ,
     LENGTH_MASK,
     LENGTH_SHIFT,
     PAGE,
     PAGE_SHIFT,
     RAM,
+    READ_OFTEN,
     READ_ONCE,
     READ_ONCE_BESIDE,
     READ_TOUCH,
@@ -32,6 +34,7 @@ from nbdram.memory.layout import (
     TIER_MASK,
     TIER_SHIFT,
     TOUCHED,
+    WANTED,
     WHOLE,
     WORDS_PER_PAGE,
     WRITE_TOUCH,
@@ -264,7 +267,7 @@ class Device(Space):
                 image = images.get(cluster) if images else None
                 if image is None or not image.is_current:
                     raise FarPage(cluster)
-                buffers = self._read_far(cluster, word, base + first, base + last, image.content)
+                buffers = self._read_far(cluster, word, base + first, base + last, image)
             pieces.append((base + first, base + last, buffers))
         return pieces
 
@@ -273,16 +276,28 @@ class Device(Space):
         word = self.word(cluster)
         if not image.is_current or word & pages_within(cluster, start, end):
             return None
-        return self._read_far(cluster, word, start, end, image.content)
+        return self._read_far(cluster, word, start, end, image)
 
-    def _read_far(self, cluster: int, word: int, start: int, end: int, image: bytes) -> list[Buffer]:
-        """Bytes of a cluster out of its fetched image; the pages become resident if there is memory."""
-        if self.budget.has_spare():
-            return self._promote(cluster, start, end, image)
-        if self.references[cluster] in (Reference.FAR, Reference.REMOTE):
-            self.references[cluster] += 1  # touched
-        base = cluster << CLUSTER_SHIFT
-        return self.decode(cluster, word, start - base, end - base, image)
+    def _read_far(self, cluster: int, word: int, start: int, end: int, image: FarImage) -> list[Buffer]:
+        """Bytes of a cluster out of its fetched image.
+
+        The first two images of a cluster are read through; when it is fetched once more before the clock's hand comes
+        by, what is read of it becomes resident, if there is memory. If there is much, what is read first does.
+        """
+        references, budget = self.references, self.budget
+        reference = references[cluster]
+        is_wanted = reference >= (WANTED if image.is_read else READ_OFTEN)
+        if budget.has_spare(much=not is_wanted):
+            content = self._promote(cluster, start, end, image.content)
+            if self.words[cluster] & RESIDENT:
+                references[cluster] = WANTED
+        else:
+            if not image.is_read:
+                references[cluster] = FAR_READ[reference]
+            base = cluster << CLUSTER_SHIFT
+            content = self.decode(cluster, word, start - base, end - base, image.content)
+        image.is_read = True
+        return content
 
     def far_clusters(self, offset: int, end: int) -> list[int]:
         """The clusters of which [offset, end) needs pages that are only on disk or in a remote."""

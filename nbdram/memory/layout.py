@@ -66,6 +66,9 @@ class Reference(IntEnum):
     FAR_TOUCHED = 7
     REMOTE = 8  # no page is resident, the image is in the memory of other machines
     REMOTE_TOUCHED = 9
+    FAR_TWICE = 10  # its image was read twice since the hand went by: what is read of it next becomes resident
+    REMOTE_TWICE = 11
+    WANTED = 12  # the same of one that has resident pages
 
 
 # As plain numbers, which are found faster than members of an enumeration.
@@ -78,11 +81,28 @@ TOUCHED: Final = int(Reference.TOUCHED)
 # before the clock's hand comes by, it becomes resident.
 READ_ONCE: Final = 16
 READ_ONCE_BESIDE: Final = 32
+# What a READ of an image below RAM makes of a reference byte; and the first of those of which pages become resident.
+READ_OFTEN: Final = int(Reference.FAR_TWICE)
+WANTED: Final = int(Reference.WANTED)
+_NEXT: Final[dict[int, int]] = {
+    IDLE: TOUCHED,
+    FRESH: TOUCHED,
+    Reference.STUCK: TOUCHED,
+    TOUCHED: WANTED,
+    Reference.FAR: Reference.FAR_TOUCHED,
+    Reference.FAR_TOUCHED: Reference.FAR_TWICE,
+    Reference.REMOTE: Reference.REMOTE_TOUCHED,
+    Reference.REMOTE_TOUCHED: Reference.REMOTE_TWICE,
+}
+FAR_READ: Final = bytes(_NEXT.get(value, value) for value in range(256))
 # What the clock's hand makes of those that were touched: it takes away their second chance.
 SECOND_CHANCES: Final[dict[int, int]] = {
     TOUCHED: IDLE,
     Reference.FAR_TOUCHED: Reference.FAR,
+    Reference.FAR_TWICE: Reference.FAR,
     Reference.REMOTE_TOUCHED: Reference.REMOTE,
+    Reference.REMOTE_TWICE: Reference.REMOTE,
+    WANTED: IDLE,
     **dict.fromkeys(range(READ_ONCE, READ_ONCE + PAGES_PER_CLUSTER), Reference.COLD),
     **dict.fromkeys(range(READ_ONCE_BESIDE, READ_ONCE_BESIDE + PAGES_PER_CLUSTER), Reference.IDLE),
 }

@@ -29,6 +29,7 @@ _BATCH: Final = 16
 # Of what may be stored on a disk: moving begins above the first, and ends below the second.
 _BEGIN_SHARE: Final = 0.9
 _END_SHARE: Final = 0.85
+_AGES: Final[dict[int, int]] = {Reference.FAR_TOUCHED: Reference.FAR, Reference.FAR_TWICE: Reference.FAR}
 _HOPELESS_ROUNDS: Final = 2  # of the hand: one ages what was read, one takes it
 
 
@@ -50,7 +51,7 @@ class Mover:
     def __init__(self, devices: Callable[[], Sequence[Device]], counters: ReclaimCounters) -> None:
         self._devices = devices
         self._counters = counters
-        self._clock = Clock(Reference.FAR, ages={Reference.FAR_TOUCHED: Reference.FAR})
+        self._clock = Clock(Reference.FAR, ages=_AGES)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="nbdram-move")
         self._mailbox = Mailbox()
         self._ending = False

@@ -306,7 +306,7 @@ class Reclaimer:
                     device.drop_resident(cluster)
                     self.counters.dropped_clean += 1
                     self._gains += 1
-            if came_round or len(jobs) == count:
+            if came_round or len(jobs) == count or self._budget.free_pages >= self._budget.goal_pages:
                 return jobs, came_round
         return jobs, False
 

@@ -110,6 +110,7 @@ class FarImage:
     def __init__(self) -> None:
         self.content = b""
         self.is_current = True
+        self.is_read = False  # for a client: all that is read of it counts once
 
 
 class Space:

@@ -16,8 +16,10 @@ from nbdram.memory import reclaim, verdict
 from nbdram.memory.budget import Budget
 from nbdram.memory.device import Device
 from nbdram.memory.layout import Reference, Tier
-from nbdram.memory.reclaim import Reclaimer
+from nbdram.memory.reclaim import BATCH, Reclaimer
 from tests.helpers import CLUSTER, MIB, PAGE, eventually
+
+from .evicting import evict
 
 COUNT = 128  # clusters; half of them fit
 LIMIT = COUNT * CLUSTER // 2
@@ -393,6 +395,25 @@ async def test_images_that_have_nowhere_to_go_are_not_looked_through(
         found = looks.found
         assert await reclaimer._balance() is False
         assert looks.found - found < 16
+
+
+async def test_no_more_is_taken_from_those_who_read_than_is_wanted(device: Device) -> None:
+    device.budget.set_limit(4 * LIMIT)
+    for cluster in range(COUNT):
+        await write(device, cluster, text(cluster))
+        assert evict(device, cluster)
+    for _ in range(3):
+        for cluster in range(COUNT):
+            assert device.read(cluster * CLUSTER, CLUSTER) == text(cluster)
+    assert device.resident_pages == COUNT * CLUSTER // PAGE
+    device.references[:COUNT] = bytes((Reference.IDLE,)) * COUNT
+    async with reclaiming(device) as reclaimer:
+        device.budget.set_limit((device.budget.used_pages + device.budget.wake_below - 1) * PAGE)
+        device.budget.take(0)
+        await eventually(lambda: device.budget.free_pages >= device.budget.stop_above)
+        await asyncio.sleep(0.05)
+        wanted = device.budget.stop_above - device.budget.wake_below + 1
+        assert reclaimer.counters.dropped_clean <= 1 + wanted * PAGE // CLUSTER + BATCH
 
 
 def test_a_verdict_is_believed_longer_each_time_until_it_is_lifted(monkeypatch: pytest.MonkeyPatch) -> None:
