@@ -166,7 +166,8 @@ class Packer:
 
     async def pack(self, wanted: Sequence[Wanted]) -> list[int]:
         """What `packing.pack` returns for each, FAILED for all if the process can't be asked."""
-        return await self._ask(b"P", REQUEST, wanted, LATE_S, _PATIENCE_S)
+        kind = b"M" if any(device.has_dropped for device, _, _ in wanted) else b"P"
+        return await self._ask(kind, REQUEST, wanted, LATE_S, _PATIENCE_S)
 
     async def send(self, wanted: Sequence[WantedToSend]) -> list[int]:
         """Have images stored in a remote, or in RAM if they had to be made and compress; the word of each, or FAILED if

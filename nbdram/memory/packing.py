@@ -6,6 +6,7 @@ the cluster. Files are read, not looked at through maps: that allocates nothing 
 A message to the process has a kind, a number, and descriptors:
 
     P  a batch of clusters, their images to be stored in RAM; the files that it is about, two for each device
+    M  likewise, stored through maps (`tiers/ram.py` has the reason)
     S  a batch of clusters, their images to be stored in a remote (`tiers/sending.py`), unless they are not there yet,
        and compress; files as before
     C  a connection to a node of the remote; its socket
@@ -180,9 +181,10 @@ def serve(fd: int) -> None:
                 sending = sending or _sending(server)
                 sending.open(number, records[0], records[1:], files[0])
                 continue
-            places = [(hot, MappedRamTier(cold)) for hot, cold in zip(files[::2], files[1::2], strict=True)]
+            tier = RamTier if kind == b"P" else MappedRamTier
+            places = [(hot, tier(cold)) for hot, cold in zip(files[::2], files[1::2], strict=True)]
             try:
-                if kind == b"P":
+                if kind != b"S":
                     server.send(message[: HEAD.size] + b"".join(map(ANSWER.pack, _pack_all(records, places))))
                 else:
                     assert sending  # a connection came first

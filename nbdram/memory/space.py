@@ -141,6 +141,7 @@ class Space:
         self.senders: set[Sender] = set()
         self.incoming: set[Incoming] = set()
         self.far_images: WeakValueDictionary[int, FarImage] = WeakValueDictionary()  # by cluster
+        self.has_dropped = False  # images in RAM: it may be about to drop some when others are stored
         self.reclaiming: set[int] = set()  # clusters that a worker compresses just now
 
     def close(self) -> None:
@@ -375,6 +376,7 @@ class Space:
         pages = image_pages(length)
         self.duplicate_pages -= (word & RESIDENT).bit_count()
         if word >> TIER_SHIFT & TIER_MASK == RAM:
+            self.has_dropped = True
             self.ram.drop(cluster, word >> SLOT_SHIFT & 1, length)
             self.cold_pages -= pages
             self.cold_clusters -= 1

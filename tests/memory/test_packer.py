@@ -114,6 +114,27 @@ async def test_all_kinds_of_clusters_are_packed_as_a_thread_would(device: Device
         device.take_images(3, [part])
 
 
+async def test_images_are_stored_through_maps_once_the_device_has_dropped_some(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = []
+    send = socket.send_fds
+
+    def sent(line: socket.socket, parts: list[bytes], files: list[int]) -> int:
+        kinds.append(parts[0][:1])
+        return send(line, parts, files)
+
+    monkeypatch.setattr(socket, "send_fds", sent)
+    async with started() as packer:
+        for generation in range(2):
+            device.write(0, text(0, generation))  # drops the image that there is
+            (image,) = await packer.pack([(device, 0, device.words[0])])
+            assert image_of(device, 0, image) == text(0, generation)
+            device.take_images(0, [image])
+            assert device.read(0, CLUSTER) == text(0, generation)
+    assert kinds == [b"P", b"M"]
+
+
 async def test_an_old_image_that_is_damaged_is_left_to_a_thread_to_tell(device: Device) -> None:
     device.write(0, text(0))
     async with started() as packer:
