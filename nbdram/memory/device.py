@@ -302,11 +302,12 @@ class Device(Space):
     def far_clusters(self, offset: int, end: int) -> list[int]:
         """The clusters of which [offset, end) needs pages that are only on disk or in a remote."""
         found = []
+        words, references = self.words, self.references
         for cluster in range(offset >> CLUSTER_SHIFT, ((end - 1) >> CLUSTER_SHIFT) + 1):
-            word = self.word(cluster)
-            mask = pages_within(cluster, offset, end)
-            if word >> TIER_SHIFT & TIER_MASK > RAM and mask & ~word:
-                found.append(cluster)
+            if references[cluster]:
+                word = words[cluster]
+                if word >> TIER_SHIFT & TIER_MASK > RAM and pages_within(cluster, offset, end) & ~word:
+                    found.append(cluster)
         return found
 
     def check_images(self, offset: int, end: int) -> list[int]:

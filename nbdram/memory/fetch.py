@@ -20,6 +20,7 @@ from nbdram.memory.layout import (
     CLUSTER_SHIFT,
     LENGTH_MASK,
     LENGTH_SHIFT,
+    RAM,
     SLOT_SHIFT,
     TIER_MASK,
     TIER_SHIFT,
@@ -31,6 +32,7 @@ from nbdram.memory.readahead import KEPT
 from nbdram.memory.recent import Recent
 from nbdram.memory.space import FarImage
 
+_DISK: Final = int(Tier.DISK)
 _READERS: Final = 4
 _TURNS: Final = 6
 _SHORT_TURNS: Final = 24
@@ -78,8 +80,12 @@ class Fetcher:
         """The images that `Device.gather` needs, if each has been read already, or can be without waiting."""
         images: Images = {}
         for cluster in device.far_clusters(start, end):
-            image = device.far_images.get(cluster) or self._read_now(device, cluster, device.words[cluster])
-            if image is None or not image.content:
+            image = device.far_images.get(cluster)
+            if image is None:
+                word = device.words[cluster]
+                if word >> TIER_SHIFT & TIER_MASK != _DISK or (image := self._read_now(device, cluster, word)) is None:
+                    return None
+            if not image.content:
                 return None
             images[cluster] = image
         return images
@@ -132,19 +138,17 @@ class Fetcher:
             image = FarImage()
             word = device.word(cluster)
             tier = word >> TIER_SHIFT & TIER_MASK
-            if tier <= Tier.RAM:
+            if tier <= RAM:
                 image.is_current = False
                 return image
-            if tier == Tier.DISK and (there := self._read_now(device, cluster, word)):
+            if tier == _DISK and (there := self._read_now(device, cluster, word)):
                 return there
             device.far_images[cluster] = image
             self._read(device, cluster, word, image)
         return image
 
     def _read_now(self, device: Device, cluster: int, word: int) -> FarImage | None:
-        """An image that is on disk, if that has not to be waited for."""
-        if word >> TIER_SHIFT & TIER_MASK != Tier.DISK:
-            return None
+        """The image on disk that a word points at, if that has not to be waited for."""
         begun = time.perf_counter()
         assert device.disk
         content = device.disk.load_now(cluster, far_slot(word), word >> LENGTH_SHIFT & LENGTH_MASK)
@@ -157,7 +161,7 @@ class Fetcher:
 
     def _read(self, device: Device, cluster: int, word: int, image: FarImage) -> None:
         begun = time.perf_counter()
-        from_remote = word >> TIER_SHIFT & TIER_MASK == Tier.REMOTE
+        from_remote = word >> TIER_SHIFT & TIER_MASK != _DISK
         waiters: list[Came] = []
         self._under_way[image] = device, waiters
 
@@ -172,11 +176,12 @@ class Fetcher:
                 came(error)
 
         slot, length = word >> SLOT_SHIFT & 1, word >> LENGTH_SHIFT & LENGTH_MASK
-        device.budget.may_have_grown(2 * length)  # sealed, and open
         if from_remote:
             assert device.remote
+            device.budget.may_have_grown(length)  # it is received where there is room already
             device.remote.ask(cluster, slot, length, self._mailbox.callback(told), on_loop=True)
         else:
+            device.budget.may_have_grown(2 * length)  # sealed, and open
             self._readers.submit(_load, device, cluster, word, self._mailbox.callback(told))
 
     def _count(self, device: Device, seconds: float, *, from_remote: bool) -> None:

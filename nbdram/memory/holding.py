@@ -16,7 +16,7 @@ class Turns(asyncio.Semaphore):
 
     def take_now(self) -> bool:
         """Whether it is one's turn without waiting."""
-        if self.locked():
+        if self._value <= 0 or self._waiters:  # `locked` looks at each of them
             return False
         self._value -= 1
         return True

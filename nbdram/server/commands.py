@@ -46,6 +46,7 @@ _FLAGS_OF = {
     Command.WRITE_ZEROES: int(CommandFlag.FUA | CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO),
     Command.BLOCK_STATUS: int(CommandFlag.FUA | CommandFlag.REQ_ONE),
 }
+_READ: Final = int(Command.READ)
 _DF: Final = int(CommandFlag.DF)
 _PAYLOAD_LEN: Final = int(CommandFlag.PAYLOAD_LEN)
 _CHANGES = frozenset((Command.WRITE, Command.TRIM, Command.WRITE_ZEROES))
@@ -60,6 +61,9 @@ Refusal = tuple[int, str]  # errno, a sentence for the client
 
 def refusal(connection: "Connection", flags: int, command: int, offset: int, length: int) -> Refusal | None:
     """Why a request can't be served, or None."""
+    fits = offset + length <= connection.device.size
+    if command == _READ and fits and not flags and length <= wire.MAX_PAYLOAD_BYTES:
+        return None
     allowed = _FLAGS_OF.get(command)  # type: ignore[call-overload]
     if allowed is None:
         return errno.EINVAL, f"there is no command {command}"

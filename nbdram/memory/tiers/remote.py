@@ -333,12 +333,12 @@ class RemoteTier:
             told(image, error)
 
         wait_s = self.remote.settings.wait_s if wait_s is None else wait_s
-        self.remote.fetch(self._key(cluster, generation), wait_s, finish, on_loop=on_loop)
+        self.remote.fetch(image_key(self._identity, cluster, generation), wait_s, finish, on_loop=on_loop)
 
     def _open(self, sealed: bytes | memoryview | None, cluster: int, generation: int, length: int) -> bytes:
         if sealed is None:
             raise MissingImage("an image is missing in the remote")
-        image = self.remote.open_sealed(sealed, self._label(cluster, generation))
+        image = self.remote.open_sealed(sealed, image_label(self._identity, cluster, generation))
         if len(image) != length:
             raise IntegrityError("an image in the remote is not what was stored")
         self.remote.fetched_images += 1
