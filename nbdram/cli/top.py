@@ -15,6 +15,7 @@ from nbdram.errors import NbdramError, UsageError
 from nbdram.observe.control import ask
 
 _FIRST_LOOK_S = 0.2
+_COLUMNS_OF_A_FILE = 120  # or of a pipe
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -38,6 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     except ImportError:
         raise NbdramError("nbdram top draws with the library rich, which is not there: pip install rich") from None
     console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(width=_COLUMNS_OF_A_FILE)
     before = ask(arguments.control, "status")
     if arguments.once or not console.is_terminal:
         time.sleep(_FIRST_LOOK_S)

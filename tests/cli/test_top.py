@@ -78,6 +78,7 @@ async def test_top_prints_once_where_there_is_no_terminal(tmp_path: Path) -> Non
     assert done.code == 0, done
     assert done.output.startswith("nbdram ")
     assert "\x1b" not in done.output
+    assert "…" not in done.output, "a heading is cut"
 
 
 async def test_top_fills_a_terminal_until_q_is_pressed_and_leaves_it_as_it_was(tmp_path: Path) -> None:
