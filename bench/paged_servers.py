@@ -12,7 +12,7 @@ from bench import proc
 from bench.cgroup import MemoryLimit
 from bench.errors import BenchError
 from bench.servers import DEFAULT_EXPORT, Server, socket_in
-from bench.watched import Lateness
+from bench.watched import Longest
 from bench.zram import Zram
 from nbdram.observe.control import ask
 
@@ -43,10 +43,10 @@ class Nbdram(Paged):
         *,
         is_watched: bool = False,
     ) -> None:
-        """`is_watched`: it tells how late its event loop is."""
+        """`is_watched`: it tells how long its event loop did not come round."""
 
         def argv(directory: Path) -> list[str]:
-            program = ["bench.watched", str(directory / "late")] if is_watched else ["nbdram"]
+            program = ["bench.watched", str(directory / "longest")] if is_watched else ["nbdram"]
             command = [sys.executable, "-m", *program, "serve", "--memory", str(budget)]
             command += ["--listen", f"unix:{socket_in(directory)}", "--control", str(directory / "control")]
             for export, size in exports.items():
@@ -61,7 +61,7 @@ class Nbdram(Paged):
 
     def longest_stall(self) -> float:
         """The longest that its event loop did not come round, in seconds, since this was last asked."""
-        return Lateness(self.directory / "late").take()
+        return Longest(self.directory / "longest").take()
 
     def stats(self) -> dict[str, Any]:
         return ask(self.directory / "control", "stats")

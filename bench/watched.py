@@ -1,7 +1,6 @@
-"""nbdram, with a beat in its event loop that tells how late it comes: python -m bench.watched FILE serve ...
+"""nbdram, with a beat in its event loop, each due a millisecond after the last: python -m bench.watched FILE serve ...
 
-The beat is due a millisecond after the last one. FILE has the longest that one was late, in seconds (a double); who
-reads it may set it back.
+FILE has the longest time between two beats, in seconds (a double): no stall was longer. Who reads it may set it back.
 """
 
 import asyncio
@@ -22,7 +21,7 @@ _EVERY_S: Final = 0.001
 _LONGEST: Final = struct.Struct("d")
 
 
-class Lateness:
+class Longest:
     """What is in FILE."""
 
     def __init__(self, path: Path) -> None:
@@ -31,22 +30,22 @@ class Lateness:
             self._cell = mmap.mmap(file.fileno(), _LONGEST.size)
 
     def take(self) -> float:
-        """The longest, in seconds, since this was last asked."""
+        """In seconds, since this was last asked."""
         (longest,) = _LONGEST.unpack(self._cell[:])
         self._cell[:] = bytes(_LONGEST.size)
         return float(longest)
 
-    def note(self, late: float) -> None:
-        if late > _LONGEST.unpack(self._cell[:])[0]:
-            self._cell[:] = _LONGEST.pack(late)
+    def note(self, seconds: float) -> None:
+        if seconds > _LONGEST.unpack(self._cell[:])[0]:
+            self._cell[:] = _LONGEST.pack(seconds)
 
 
-async def _watched(lateness: Lateness, served: Coroutine[Any, Any, None]) -> None:
+async def _watched(longest: Longest, served: Coroutine[Any, Any, None]) -> None:
     loop = asyncio.get_running_loop()
 
     def beat(last: float) -> None:
         now = time.monotonic()
-        lateness.note(now - last - _EVERY_S)
+        longest.note(now - last)
         loop.call_later(_EVERY_S, beat, now)
 
     loop.call_soon(beat, time.monotonic())
@@ -54,8 +53,8 @@ async def _watched(lateness: Lateness, served: Coroutine[Any, Any, None]) -> Non
 
 
 def _main(file: str, *arguments: str) -> int:
-    lateness, run = Lateness(Path(file)), uvloop.run
-    with patch("uvloop.run", lambda served: run(_watched(lateness, served))):
+    longest, run = Longest(Path(file)), uvloop.run
+    with patch("uvloop.run", lambda served: run(_watched(longest, served))):
         return main(arguments)
 
 
