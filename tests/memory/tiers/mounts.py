@@ -4,14 +4,16 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 
 @contextmanager
 def mounted(directory: Path, kind: str, *options: str, size_bytes: int = 0) -> Iterator[Path]:
-    """A fresh file system of `kind` on `directory`/mnt; with a size it lives in an image file."""
+    """A fresh file system of `kind`; with a size it lives in an image file in `directory`.
+
+    It is not mounted below `directory`: that may be pytest's, which could not remove it after a run that was killed.
+    """
     directory.mkdir(exist_ok=True)
-    point = directory / "mnt"
-    point.mkdir()
     source = Path(kind)
     if size_bytes:
         source = directory / "image"
@@ -19,11 +21,13 @@ def mounted(directory: Path, kind: str, *options: str, size_bytes: int = 0) -> I
             image.truncate(size_bytes)
         _run(f"mkfs.{kind}", "-q", source)
         options = ("loop", *options)
-    _run("mount", "-t", kind, *(("-o", ",".join(options)) if options else ()), source, point)
-    try:
-        yield point
-    finally:
-        _run("umount", point)
+    with TemporaryDirectory(prefix="nbdram-test-") as name:
+        point = Path(name)
+        _run("mount", "-t", kind, *(("-o", ",".join(options)) if options else ()), source, point)
+        try:
+            yield point
+        finally:
+            _run("umount", point)
 
 
 def remount(point: Path, *options: str) -> None:
