@@ -25,8 +25,8 @@ from bench.host import need_memory
 from bench.options import Found, Options
 from bench.paged_servers import LEAST_PAGE_CACHE, NbdkitOnZram, NbdkitZstd, Nbdram, Paged, Watch, copy_in
 from bench.rounds import JobSamples, Results, Sample
-from bench.servers import DEFAULT_EXPORT, running
-from bench.serving import MIXED, OURS, detail_table
+from bench.servers import DEFAULT_EXPORT, floor, running
+from bench.serving import FLOOR, MIXED, OURS, detail_table
 from bench.zram import Zram
 
 _CACHED, _UNCACHED, _ZSTD = "zram, page cache", "zram, cache=none", "nbdkit zstd"
@@ -169,7 +169,8 @@ def _compare(plan: Plan, chosen: Sequence[str], options: Options, limits: list[C
         results[_FILL.name] = _fill(plan, options)
     if table:
         servers: list[Paged] = [plan.ours(), *plan.peers()]
-        with running(servers):
+        ceiling = floor(str(plan.size))  # all of it in plain memory
+        with running([*servers, ceiling]):
             for server in servers:
                 copy_in(plan.content, server.uri())
             with Watch(servers) as watch:
@@ -179,14 +180,14 @@ def _compare(plan: Plan, chosen: Sequence[str], options: Options, limits: list[C
                         server.rebalance()
                     # The kernel's threads that write for a peer pass as others' work: no second try for that.
                     patience = options.patience / len(table) if job.rw in _READING else 0.0
-                    results |= rounds.measure([job], servers, replace(options, patience=patience))
+                    results |= rounds.measure([job], [*servers, ceiling], replace(options, patience=patience))
             held = watch.most
     if not results:
         return {}
     targets = ({_FILL: _FILL_TARGET} if _FILL.name in results else {}) | table
     print(_speed_table(targets, results, names), end="\n\n")
     if table:
-        print(detail_table(list(table), results, names), end="\n\n")
+        print(detail_table(list(table), results, [*names, FLOOR]), end="\n\n")
         shares = ", ".join(f"{name} {most / plan.budget:.3f}" for name, most in held.items())
         print(f"most RAM held during these jobs / budget: {shares}", end="\n\n")
     if _FAULT in results:
@@ -245,7 +246,7 @@ def _one_fill(server: Paged, content: Path) -> Sample:
 def _speed_table(targets: Mapping[Job, Target], results: Results, names: Sequence[str]) -> str:
     """One row for each job; ratios are ours to the faster peer's, the median of the rounds' own ratios."""
     peers = names[1:]
-    head = ["job", "", *names, "ratio", "range", "ratio CPU", "target", "met", "p99.9 us", "peer's", "met"]
+    head = ["job", "", *names, "ratio", "range", "ratio CPU", "target", "met", "p99.9 us", "peer's", "met", "floor's"]
     rows = []
     for job, target in targets.items():
         samples = results[job.name]
@@ -262,10 +263,11 @@ def _speed_table(targets: Mapping[Job, Target], results: Results, names: Sequenc
         cells += [f">={target.speed:.2f}", ("yes" if ratio >= target.speed else "no") + doubt]
         ours, theirs = rounds.median(samples[OURS], _p999), rounds.median(samples[peer], _p999)
         if job is _FILL:
-            cells += ["-", "-", "-"]
+            cells += ["-", "-", "-", "-"]
         else:
             verdict = "-" if not target.tail else ("yes" if ours < theirs else "no") + doubt
-            cells += [report.microseconds(ours), report.microseconds(theirs), verdict]
+            fastest = statistics.median(rounds.ratios(samples[FLOOR], samples[peer], rounds.speed))
+            cells += [report.microseconds(ours), report.microseconds(theirs), verdict, f"{fastest:.2f}"]
         rows.append([job.name, "MB/s" if job.is_bulk else "kIOPS", *cells])
     text = report.table("More data than RAM, medians of the rounds", head, rows, left=2)
     return (

@@ -35,8 +35,11 @@ class Target:
         return speed >= self.speed and (self.cpu is None or cpu <= self.cpu)
 
 
+_FLOOR_NOTE: Final = """\
+floor: a C server of one thread that does no work (bench/floor.c), with everything in plain memory; its ratio is
+to the same server as ours. It is what the client and the socket allow, more or less.
+"""
 _DETAIL_NOTE: Final = """\
-floor: a C server of one thread that does no work (bench/floor.c), and its ratio to nbdkit.
 fio: cores that fio kept busy. Near 1.00 it is fio that limits the speed: the server could do more.
 others: cores that other processes took at worst. Far above 0, the figures are not to be trusted,
 and there is a question mark behind "met"."""
@@ -128,4 +131,4 @@ def detail_table(jobs: Sequence[Job], results: Results, names: Sequence[str]) ->
             others = max(sample.others for sample in samples)
             rows.append([job.name, name, *cells, f"{fio_cores:.2f}", f"{others:.2f}"])
     text = report.table("CPU time of the server per operation, and latency", head, rows, left=2)
-    return f"{text}\n\n{_DETAIL_NOTE}"
+    return f"{text}\n\n{_FLOOR_NOTE if FLOOR in names else ''}{_DETAIL_NOTE}"
