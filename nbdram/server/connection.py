@@ -80,6 +80,7 @@ _TASKS_WHERE_SHORT: Final = 16  # that wait at once for each client, while memor
 _LINGER_S: Final = 0.0005
 _SPIN_S: Final = 40e-6
 _ALONE_BATCHES: Final = 32  # so many in a row from one connection make it the only one
+_UNWATCHED_FROM: Final = 4  # batches, from which on the event loop need not hear of it meanwhile
 # After so much from one client the others have their turn: the event loop itself would take 32 times what the socket
 # holds, which is 4 ms of a client that writes as fast as it can.
 _BURST_BYTES: Final = 256 * 1024
@@ -95,6 +96,16 @@ _DOZE_PER_READ_S: Final = 2e-6
 _DOZE_MAX_S: Final = 60e-6
 
 Buffer = bytes | bytearray | memoryview
+
+# What the hot loop asks in each batch, looked up once. For each mode: whether replies are simple, whether they are
+# structured, and the flags of a common WRITE.
+_PACK_SIMPLE: Final = wire.SIMPLE_REPLY.pack
+_PACK_READ: Final = wire.READ_DATA.pack
+_SPEAKS: Final = {
+    ReplyMode.SIMPLE: (True, False, 0),
+    ReplyMode.STRUCTURED: (False, True, 0),
+    ReplyMode.EXTENDED: (False, False, int(wire.CommandFlag.PAYLOAD_LEN)),
+}
 
 
 class _Transport(Protocol):
@@ -138,6 +149,7 @@ class Connection(asyncio.BufferedProtocol):
         self.replies: Replies = SimpleReplies()
         self.contexts: dict[int, str] = {}
         self._mode = ReplyMode.SIMPLE
+        self._speaks = _SPEAKS[self._mode]
         self._unpack = wire.REQUEST.unpack_from
         self._header_bytes = wire.REQUEST.size
         self._magic = wire.REQUEST_MAGIC
@@ -234,40 +246,63 @@ class Connection(asyncio.BufferedProtocol):
         The end of the connection is left to the event loop, which sees it next.
         """
         readv, yield_cpu, now = os.readv, os.sched_yield, time.perf_counter
-        budget = self.device.budget
+        budget, fd, whole = self.device.budget, self._fd, (self._view,)
         started = now()
         idle_at = 0.0
-        # What tasks wait for comes by way of the event loop.
-        while not (
-            self._tasks or self._stalled or self._closing or self._ended or budget.free_pages < budget.wake_below
-        ):
-            place = self.get_buffer(-1)
-            room = len(place)
-            try:
-                if self._incoming is not None and self._incoming.is_last:
-                    # The next request comes along, but not its payload, which would have to be copied.
-                    received = readv(self._fd, (place, self._view[: self._header_bytes]))
-                else:
-                    received = readv(self._fd, (place,))
-            except BlockingIOError:
-                if self._done:
-                    self._send_done()
-                moment = now()
-                idle_at = idle_at or moment
-                if moment - idle_at > _SPIN_S or moment - started > _LINGER_S:
+        batches = 0
+        unwatched = False
+        try:
+            # What tasks wait for comes by way of the event loop.
+            while not (
+                self._tasks or self._stalled or self._closing or self._ended or budget.free_pages < budget.wake_below
+            ):
+                incoming = self._incoming
+                fresh = incoming is None and not self._held and self._window == RECEIVE_BYTES
+                try:
+                    if fresh:
+                        received = readv(fd, whole)
+                    else:
+                        place = self.get_buffer(-1)
+                        if incoming is not None and incoming.is_last:
+                            # The next request comes along, but not its payload, which would have to be copied.
+                            received = readv(fd, (place, self._view[: self._header_bytes]))
+                        else:
+                            received = readv(fd, (place,))
+                except BlockingIOError:
+                    if self._done:
+                        self._send_done()
+                    moment = now()
+                    idle_at = idle_at or moment
+                    if moment - idle_at > _SPIN_S or moment - started > _LINGER_S:
+                        return
+                    yield_cpu()
+                    continue
+                except OSError:
                     return
-                yield_cpu()
-                continue
-            except OSError:
-                return
-            if not received:
-                return
-            idle_at = 0.0
-            self._received(min(received, room))
-            if received > room:
-                self._next_header(received - room)
-            if now() - started > _LINGER_S:
-                return
+                if not received:
+                    return
+                idle_at = 0.0
+                if fresh:
+                    self._parse(received)
+                else:
+                    room = len(place)
+                    self._received(min(received, room))
+                    if received > room:
+                        self._next_header(received - room)
+                if now() - started > _LINGER_S:
+                    return
+                batches += 1
+                if batches == _UNWATCHED_FROM:
+                    unwatched = self._service.watch.suspend(fd)
+        finally:
+            if unwatched:
+                self._watch_again()
+
+    def _watch_again(self) -> None:
+        try:
+            self._service.watch.resume(self._fd)
+        except OSError:  # nothing more would be heard of it
+            self._transport.abort()
 
     def _next_header(self, length: int) -> None:
         """Bytes of a request that came along with the end of a payload."""
@@ -391,6 +426,7 @@ class Connection(asyncio.BufferedProtocol):
         self.contexts = agreed.contexts
         self.replies = replies_for(agreed.mode)
         self._mode = agreed.mode
+        self._speaks = _SPEAKS[agreed.mode]
         self.follow_pace()
         if agreed.mode is ReplyMode.EXTENDED:
             self._unpack = wire.EXTENDED_REQUEST.unpack_from
@@ -411,8 +447,7 @@ class Connection(asyncio.BufferedProtocol):
         device = self.device
         buffer, view = self._buffer, self._view
         unpack, header_bytes, expected = self._unpack, self._header_bytes, self._magic
-        simple = self._mode is ReplyMode.SIMPLE
-        structured = self._mode is ReplyMode.STRUCTURED
+        simple, structured, write_flags = self._speaks
         size = device.size
         hot, hot_view, words, references = (
             device.hot,
@@ -421,9 +456,8 @@ class Connection(asyncio.BufferedProtocol):
             device.references,
         )
         writable = not self.export.read_only
-        write_flags = wire.CommandFlag.PAYLOAD_LEN if self._mode is ReplyMode.EXTENDED else 0
         masks, dirty_masks = RESIDENT_MASKS, RESIDENT_AND_DIRTY_MASKS
-        pack_simple, pack_read = wire.SIMPLE_REPLY.pack, wire.READ_DATA.pack
+        pack_simple, pack_read = _PACK_SIMPLE, _PACK_READ
         out: list[Buffer] = []
         append = out.append
         done = bytearray()  # what acknowledges the WRITEs
@@ -528,10 +562,12 @@ class Connection(asyncio.BufferedProtocol):
 
         counters = self.export.counters
         operations = counters.operations
-        operations["read"] += reads
-        operations["write"] += writes
-        counters.read_bytes += read_bytes
-        counters.written_bytes += written_bytes
+        if reads:
+            operations["read"] += reads
+            counters.read_bytes += read_bytes
+        if writes:
+            operations["write"] += writes
+            counters.written_bytes += written_bytes
         if at < end:
             self._held = bytes(view[at:end])
         if done:

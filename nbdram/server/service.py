@@ -12,6 +12,7 @@ from nbdram.server.exports import Exports
 from nbdram.server.haggling import Haggling
 from nbdram.server.peers import origin_of
 from nbdram.server.tls import Tls
+from nbdram.server.watch import Watch
 
 if TYPE_CHECKING:
     from nbdram.server.connection import Connection
@@ -54,6 +55,7 @@ class Service:
         self.write_wait_s = WRITE_WAIT_S
         self.fetcher = Fetcher()
         self.tls: Tls | None = None
+        self.watch = Watch()
         self.receive_buffer = bytearray(RECEIVE_BYTES)
         self.receive_view = memoryview(self.receive_buffer)
         self.payload_view = self.receive_view[_HEADER_ROOM:]
