@@ -12,7 +12,7 @@ from bench import proc
 from bench.cgroup import MemoryLimit
 from bench.errors import BenchError
 from bench.servers import DEFAULT_EXPORT, Server, socket_in
-from bench.watched import Longest
+from bench.watched import Longest, Stall
 from bench.zram import Zram
 from nbdram.observe.control import ask
 
@@ -59,8 +59,8 @@ class Nbdram(Paged):
         """All of it: anonymous memory, resident pages, images, index."""
         return proc.held_bytes(self.pid, memfd_prefix="nbdram")
 
-    def longest_stall(self) -> float:
-        """The longest that its event loop did not come round, in seconds, since this was last asked."""
+    def longest_stall(self) -> Stall:
+        """The longest that its event loop did not come round since this was last asked."""
         return Longest(self.directory / "longest").take()
 
     def stats(self) -> dict[str, Any]:

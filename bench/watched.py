@@ -1,16 +1,19 @@
 """nbdram, with a beat in its event loop, each due a millisecond after the last: python -m bench.watched FILE serve ...
 
-FILE has the longest time between two beats, in seconds (a double): no stall was longer. Who reads it may set it back.
+FILE has the longest time between two beats, in seconds: no stall was longer. And the longest that was not spent on
+waiting for a core, which others had: what is left is what the program itself did, or waited for. (Two doubles.) Who
+reads it may set it back.
 """
 
 import asyncio
 import mmap
+import os
 import struct
 import sys
 import time
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from unittest.mock import patch
 
 import uvloop
@@ -18,7 +21,14 @@ import uvloop
 from nbdram.cli import main
 
 _EVERY_S: Final = 0.001
-_LONGEST: Final = struct.Struct("d")
+_LONGEST: Final = struct.Struct("2d")
+
+
+class Stall(NamedTuple):
+    """In seconds, each the longest: not necessarily the same."""
+
+    whole_s: float
+    own_s: float  # without the time that others had its core
 
 
 class Longest:
@@ -29,27 +39,32 @@ class Longest:
             file.truncate(_LONGEST.size)
             self._cell = mmap.mmap(file.fileno(), _LONGEST.size)
 
-    def take(self) -> float:
-        """In seconds, since this was last asked."""
-        (longest,) = _LONGEST.unpack(self._cell[:])
+    def take(self) -> Stall:
+        """Since this was last asked."""
+        longest = Stall(*_LONGEST.unpack(self._cell[:]))
         self._cell[:] = bytes(_LONGEST.size)
-        return float(longest)
+        return longest
 
-    def note(self, seconds: float) -> None:
-        if seconds > _LONGEST.unpack(self._cell[:])[0]:
-            self._cell[:] = _LONGEST.pack(seconds)
+    def note(self, stall: Stall) -> None:
+        self._cell[:] = _LONGEST.pack(*map(max, stall, _LONGEST.unpack(self._cell[:])))
 
 
 async def _watched(longest: Longest, served: Coroutine[Any, Any, None]) -> None:
     loop = asyncio.get_running_loop()
 
-    def beat(last: float) -> None:
-        now = time.monotonic()
-        longest.note(now - last)
-        loop.call_later(_EVERY_S, beat, now)
+    with open("/proc/thread-self/schedstat", "rb", buffering=0) as schedstat:
 
-    loop.call_soon(beat, time.monotonic())
-    await served
+        def waited_s() -> float:
+            """How long this thread has waited for a core."""
+            return int(os.pread(schedstat.fileno(), 100, 0).split()[1]) / 1e9
+
+        def beat(last: float, last_waited: float) -> None:
+            now, waited = time.monotonic(), waited_s()
+            longest.note(Stall(now - last, now - last - (waited - last_waited)))
+            loop.call_later(_EVERY_S, beat, now, waited)
+
+        loop.call_soon(beat, time.monotonic(), waited_s())
+        await served
 
 
 def _main(file: str, *arguments: str) -> int:
