@@ -3,6 +3,7 @@
 Below /run/nbdram/mounts, for each name:
 
     NAME.lock          held by who mounts or unmounts it
+    .DEVICE.lock       held by who mounts that device of a server, under whatever name
     NAME/mount.json    the note
     NAME/state         the server's state directory: a tmpfs of its own
     NAME/nbd.sock      where the server listens, and NAME/control, NAME/server.log
@@ -15,7 +16,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Final
@@ -103,29 +104,38 @@ class Place:
         draft.write_text(json.dumps(asdict(note)))
         os.replace(draft, self.directory / "mount.json")
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Keep others from mounting or unmounting the same name meanwhile; NbdramError if somebody is long at it."""
-        mounts_directory().mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = mounts_directory() / f"{self.name}.lock"
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _is_file_of(path, descriptor):  # else who had it before us has removed it
-                    break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    os.close(descriptor)
-                    raise NbdramError(f"{self.name!r} is being mounted or unmounted right now: wait for it") from None
-            os.close(descriptor)
-            time.sleep(0.05)
+        return _locked(self.name, repr(self.name))
+
+
+def device_locked(device: str) -> AbstractContextManager[None]:
+    """Likewise for a server's device, by its identity or its URI, under whatever name."""
+    return _locked(f".{hashlib.blake2s(os.fsencode(device), digest_size=16).hexdigest()}", device)
+
+
+@contextmanager
+def _locked(name: str, what: str) -> Iterator[None]:
+    mounts_directory().mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = mounts_directory() / f"{name}.lock"
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            os.close(descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_file_of(path, descriptor):  # else who had it before us has removed it
+                break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(descriptor)
+                raise NbdramError(f"{what} is being mounted or unmounted right now: wait for it") from None
+        os.close(descriptor)
+        time.sleep(0.05)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def mounts_directory() -> Path:

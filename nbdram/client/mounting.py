@@ -19,7 +19,7 @@ from nbdram.client import filesystems, local_server, sysfs
 from nbdram.client.ask_keeper import ask
 from nbdram.client.attachment import default_directory
 from nbdram.client.filesystems import FILE_SYSTEMS
-from nbdram.client.mount_notes import MountNote, Place
+from nbdram.client.mount_notes import MountNote, Place, device_locked
 from nbdram.client.mountinfo import mounted_at, mounts
 from nbdram.client.undoing import Steps, all_or_nothing, uninterrupted
 from nbdram.config import SwapSettings
@@ -75,7 +75,8 @@ def mount(wanted: Wanted) -> MountNote:
         if note.server:
             _serve(wanted, place, note, steps, kept)
         note = _attach(wanted, place, note, steps)
-        note = _mount(wanted, place, note, steps)
+        with _alone_with(note):
+            note = _mount(wanted, place, note, steps)
         if kept and note.size > kept.size and note.kind in FILE_SYSTEMS:
             filesystems.grow(FILE_SYSTEMS[note.kind], Path(note.device), wanted.point)
         return note
@@ -181,7 +182,6 @@ def _detach(device: str) -> None:
 
 def _mount(wanted: Wanted, place: Place, note: MountNote, steps: Steps) -> MountNote:
     device, point = Path(note.device), wanted.point
-    _need_to_be_alone(note)
     under = point.stat()
     found = filesystems.found_on(device)
     if found and wanted.kind and found != wanted.kind:
@@ -208,20 +208,28 @@ def _mount(wanted: Wanted, place: Place, note: MountNote, steps: Steps) -> Mount
     return note
 
 
-def _need_to_be_alone(note: MountNote) -> None:
-    """NbdramError if the export is in use on this host as another device: two file systems on it would destroy it."""
-    devices = {device["device"]: device for device in ask(default_directory(), "status")["devices"]}
-    ours = devices.pop(note.device, None)
-    if ours is None:
-        return
+def _attached() -> dict[str, Any]:
+    """What the keeper holds, by the device's path."""
+    return {device["device"]: device for device in ask(default_directory(), "status")["devices"]}
+
+
+@contextmanager
+def _alone_with(note: MountNote) -> Iterator[None]:
+    """Keep others from mounting the same export meanwhile: two mounts of one file system would destroy it.
+
+    NbdramError if it is in use on this host already, as another device.
+    """
+    ours = _attached()[note.device]
     same = "identity" if ours["identity"] else "uri"
-    for device in devices:
-        if devices[device][same] == ours[same] and sysfs.is_in_use(sysfs.index_of(device)):
-            points = [f" at {mount.point}" for mount in mounts() if mount.source == device]
-            raise NbdramError(
-                f"{note.uri} is in use already, as {device}{''.join(points[:1])}, and mounted twice it would be "
-                "destroyed: unmount that first, or show it in a second place with `mount --bind`"
-            )
+    with device_locked(ours[same]):
+        for device, other in _attached().items():
+            if device != note.device and other[same] == ours[same] and sysfs.is_in_use(sysfs.index_of(device)):
+                points = [f" at {mount.point}" for mount in mounts() if mount.source == device]
+                raise NbdramError(
+                    f"{note.uri} is in use already, as {device}{''.join(points[:1])}, and mounted twice it would be "
+                    "destroyed: unmount that first, or show it in a second place with `mount --bind`"
+                )
+        yield
 
 
 def _unmount(point: Path, device: str) -> None:

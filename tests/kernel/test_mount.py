@@ -189,6 +189,32 @@ def test_mounts_at_the_same_time_do_not_get_in_each_others_way(guest: Guest) -> 
     )
 
 
+def test_of_two_who_mount_the_same_export_at_the_same_time_one_has_it(guest: Guest) -> None:
+    guest.serve("--export", "data=1GiB", "--memory", "64MiB")
+    boot(
+        guest,
+        LOOK
+        + r"""
+        mkdir /run/other $TMPDIR/bin
+        # Slow, so that each would find that nobody has mounted it.
+        printf '#!/bin/sh\nsleep 2\nexec %s "$@"\n' $(command -v mkfs.ext4) >$TMPDIR/bin/mkfs.ext4
+        chmod +x $TMPDIR/bin/mkfs.ext4
+        PATH=$TMPDIR/bin:$PATH
+        "$NBDRAM" mount nbd://$SERVER/data $D >$TMPDIR/one 2>&1 & one=$!
+        "$NBDRAM" mount nbd://$SERVER/data /run/other >$TMPDIR/two 2>&1 & two=$!
+        made=0
+        if wait $one; then made=$((made + 1)); fi
+        if wait $two; then made=$((made + 1)); fi
+        cat $TMPDIR/one $TMPDIR/two
+        [ $made = 1 ]
+        cat $TMPDIR/one $TMPDIR/two | grep "is in use already, as /dev/nbd[01] at .*: unmount that first"
+        [ "$(grep -c " ext4 " /proc/mounts)" = 1 ]
+        nbdram umount $(nbdram mount | cut -d ' ' -f 1)
+        clean
+        """,
+    )
+
+
 def test_a_step_that_fails_or_is_interrupted_undoes_those_before_it(guest: Guest) -> None:
     guest.serve("--export", "disk=1GiB", "--memory", "64MiB")
     boot(
