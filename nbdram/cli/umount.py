@@ -13,7 +13,9 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser = commands.add_parser("umount", help="unmount, detach, and give the memory back")
     parser.add_argument("what", metavar="DIR|NAME")
     parser.add_argument("--free", action="store_true", help="give the memory back though it was mounted with --keep")
-    parser.add_argument("--force", action="store_true", help="even if its server is gone: what was not written is lost")
+    parser.add_argument(
+        "--force", action="store_true", help="even if its server is gone: then what was not written is lost"
+    )
     parser.add_argument("--leftovers", action="store_true", help="only clear up after a plain umount(8)")
     parser.set_defaults(run=run)
 

@@ -2,8 +2,10 @@
 
 import errno
 import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 from nbdram.client import filesystems, local_server, sysfs
 from nbdram.client.ask_keeper import ask
@@ -12,11 +14,13 @@ from nbdram.client.mount_notes import MountNote, Place
 from nbdram.client.mountinfo import mounted_at, mounts, users_of
 from nbdram.errors import NbdramError
 
+_SYNC_S: Final = 5.0  # so long has a server that is connected, but perhaps does not answer
+
 
 def unmount(note: MountNote, *, free: bool = False, force: bool = False, leftovers: bool = False) -> int:
     """Unmount, detach, stop the server, and give its memory back unless it is kept; how many bytes that were.
 
-    `free`: also what was to be kept. `force`: also if the server is gone; what was not written yet is lost.
+    `free`: also what was to be kept. `force`: also if the server is gone; then what was not written yet is lost.
     `leftovers`: only what is left when somebody else has unmounted it.
     """
     place = Place(note.name)
@@ -25,7 +29,7 @@ def unmount(note: MountNote, *, free: bool = False, force: bool = False, leftove
         if found is None or (leftovers and found.is_mounted):
             return 0
         note = found
-        if force and _is_ours(note):
+        if force and _is_ours(note) and not _is_synced(note):
             ask(default_directory(), "detach", index=sysfs.index_of(note.device))
         place.write(replace(note, kind=""))  # so that the keeper does not clear up meanwhile
         try:
@@ -45,6 +49,20 @@ def unmount(note: MountNote, *, free: bool = False, force: bool = False, leftove
         freed = _free(place)
         place.remove()
     return freed
+
+
+def _is_synced(note: MountNote) -> bool:
+    """Whether the server is there after all, and has taken what was still to be written."""
+    attached = ask(default_directory(), "status")["devices"]
+    if not any(device["device"] == note.device and device["state"] == "connected" for device in attached):
+        return False
+    if not note.is_mounted:
+        return True
+    syncing = subprocess.Popen(["sync", "-f", note.point], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        return syncing.wait(_SYNC_S) == 0
+    except subprocess.TimeoutExpired:  # it ends when the device is detached
+        return False
 
 
 def _unmount(note: MountNote) -> None:

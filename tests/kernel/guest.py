@@ -294,6 +294,9 @@ class Server:
     def is_running(self) -> bool:
         return self._process.poll() is None
 
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
     def stop(self) -> int:
         """SIGTERM; returns the exit status."""
         return end(self._process, grace_s=10)

@@ -1,5 +1,6 @@
 """`nbdram mount` and `umount` with a real kernel: one command each, and nothing is left of what goes wrong."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -139,6 +140,24 @@ def test_an_export_of_any_server_is_mounted_by_its_uri(guest: Guest) -> None:
         refused "there is no export of this name" nbdram mount $URI/nothing $D
         clean
 
+        # By force, though its server is there: nothing is lost.
+        nbdram mount $URI/data $D
+        echo unwritten >$D/more
+        nbdram umount --force $D
+        clean
+        nbdram mount $URI/data $D
+        [ "$(cat $D/more)" = unwritten ]
+        nbdram umount $D
+
+        # It is there, and answers nothing.
+        nbdram mount $URI/data $D --dead-timeout 3600
+        echo lost >$D/most
+        pause frozen
+        nbdram umount --force $D
+        dmesg -c >$SHARE/expected
+        pause thawed
+        clean
+
         # Its server is gone for good: what was not written is lost, and the kernel says so, but nothing is left.
         nbdram mount $URI/data $D --dead-timeout 3600
         echo lost >$D/more
@@ -147,7 +166,12 @@ def test_an_export_of_any_server_is_mounted_by_its_uri(guest: Guest) -> None:
         dmesg -c >$SHARE/expected
         clean
         """,
-        acts(guest, gone=server.stop),
+        acts(
+            guest,
+            frozen=lambda: server.signal(signal.SIGSTOP),
+            thawed=lambda: server.signal(signal.SIGCONT),
+            gone=server.stop,
+        ),
     )
 
 
