@@ -1,4 +1,4 @@
-"""Commands to a Redis or Valkey server or cluster: pipelined, a thread for each node and direction.
+"""Commands to a Redis or Valkey server or cluster: pipelined, a thread for each node and way.
 
 The library (redis-py with hiredis) makes connections, encrypts, authenticates, packs and parses; the engine itself
 shards, replicates and fails over, and tells who has what. What is here is what lies between: commands that are due at
@@ -53,6 +53,12 @@ _Transient = (
 _Broken = (exceptions.ConnectionError, exceptions.TimeoutError, OSError)
 
 
+_WAYS: Final = {b"GET": "read", b"UNLINK": "drop"}
+# What only frees memory can wait, and comes one by one: a thread that woke for each would take the interpreter from the
+# event loop each time.
+_GATHER_S: Final = 0.05
+_DROPS: Final = 1024  # at once
+
 Finish = Callable[[Any, OSError | None], None]  # what the node said, or why there is no answer
 
 
@@ -73,8 +79,8 @@ class Command:
         self.is_image = is_image
 
     @property
-    def writes(self) -> bool:
-        return self.words[0] != b"GET"
+    def way(self) -> str:
+        return _WAYS.get(self.words[0], "write")
 
 
 class Engine:
@@ -82,7 +88,7 @@ class Engine:
 
     def __init__(self, settings: RemoteSettings) -> None:
         self.settings = settings
-        self._lanes: dict[tuple[Address, bool], _Lane] = {}
+        self._lanes: dict[tuple[Address, str], _Lane] = {}
         self._slots: list[Address | None] | None = None  # who has each slot; None: a server that is no cluster
         self._owners: list[Address | None] = [settings.addresses[0]]  # all of these
         self._known: list[Address] = list(settings.addresses)
@@ -234,15 +240,15 @@ class Engine:
         if owner is None:
             self.retry(command, exceptions.ClusterDownError("the cluster has no node for it"))
         else:
-            self._lane(owner, command.writes).put(command)
+            self._lane(owner, command.way).put(command)
 
-    def _lane(self, address: Address, writes: bool) -> "_Lane":
-        lane = self._lanes.get((address, writes))
+    def _lane(self, address: Address, way: str) -> "_Lane":
+        lane = self._lanes.get((address, way))
         if lane is None:
             with self._changed:
-                lane = self._lanes.get((address, writes))
+                lane = self._lanes.get((address, way))
                 if lane is None:
-                    lane = self._lanes[address, writes] = _Lane(self, address, writes)
+                    lane = self._lanes[address, way] = _Lane(self, address, way)
                     lane.start()
         return lane
 
@@ -269,7 +275,7 @@ class Engine:
             return
         self.retries += 1
         command.asking = asking
-        self._lane((error.host or self.settings.addresses[0][0], error.port), command.writes).put(command)
+        self._lane((error.host or self.settings.addresses[0][0], error.port), command.way).put(command)
 
     def retry(self, command: Command, error: Exception) -> None:
         """Send a command again in a moment, unless it is too late for it."""
@@ -326,13 +332,13 @@ class Engine:
 
 
 class _Lane(threading.Thread):
-    """The commands for one node that write, or those that read, one batch after the other."""
+    """The commands for one node that write, that read or that drop, one batch after the other."""
 
-    def __init__(self, engine: Engine, address: Address, writes: bool) -> None:
-        super().__init__(name=f"nbdram-remote-{'write' if writes else 'read'}", daemon=True)
+    def __init__(self, engine: Engine, address: Address, way: str) -> None:
+        super().__init__(name=f"nbdram-remote-{way}", daemon=True)
         self._engine = engine
         self._address = address
-        self._writes = writes
+        self._way = way
         self._waiting: SimpleQueue[Command | None] = SimpleQueue()  # None: it is over
         self._connection: AbstractConnection | None = None
         self._closed = False
@@ -346,8 +352,11 @@ class _Lane(threading.Thread):
         self._waiting.put(None)
 
     def run(self) -> None:
+        most = _DROPS if self._way == "drop" else _BATCH
         while (command := self._waiting.get()) is not None:
-            self._do([command, *self._take(_BATCH - 1)])
+            if self._way == "drop" and self._waiting.qsize() < _DROPS:
+                time.sleep(_GATHER_S)
+            self._do([command, *self._take(most - 1)])
             if self._closed:
                 break
         self._closed = True
@@ -391,7 +400,7 @@ class _Lane(threading.Thread):
     def _exchange(self, batch: Sequence[Command]) -> list[Any]:
         if self._connection is None:
             connection = self._engine.connect(self._address)
-            if self._writes:
+            if self._way == "write":
                 check_policy(connection, self._address)
             self._connection = connection
         connection = self._connection
