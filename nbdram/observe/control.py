@@ -122,6 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Do what is asked; the status and the answer."""
         admin = self.server.admin
         parts = urlsplit(self.path)
+        received = self._received()  # also by who does not want it: a client that still sends would hear nothing
         match method, *[unquote(part) for part in parts.path.split("/")[1:]]:
             case ["GET", "v1", "stats"]:
                 return 200, self.server.snapshot()
@@ -130,32 +131,36 @@ class _Handler(BaseHTTPRequestHandler):
             case ["GET", "v1", "exports"]:
                 return 200, admin.list()
             case ["POST", "v1", "exports"]:
-                return 201, admin.create(self._body())
+                return 201, admin.create(_object(received))
             case ["DELETE", "v1", "exports", name]:
                 return 200, admin.remove(name, force=parts.query == "force")
             case ["POST", "v1", "exports", name, "resize"]:
-                return 200, admin.resize(name, self._body())
+                return 200, admin.resize(name, _object(received))
             case ["POST", "v1", "reload"]:
-                return 200, admin.reload(self._body())
+                return 200, admin.reload(_object(received))
         return 404, {"error": f"there is no {method} {parts.path}"}
 
-    def _body(self) -> dict[str, Any]:
+    def _received(self) -> bytes:
         length = self.headers.get("Content-Length", "0")
         if not length.isdigit() or int(length) > _MAX_BODY_BYTES:
             raise UsageError(f"a request may have at most {_MAX_BODY_BYTES} bytes, and must say how many")
-        try:
-            body = json.loads(self.rfile.read(int(length)))
-        except ValueError:
-            body = None
-        if not isinstance(body, dict):
-            raise UsageError("a request must be an object in JSON")
-        return body
+        return self.rfile.read(int(length))
 
     def address_string(self) -> str:
         return "local"
 
     def log_message(self, format: str, *arguments: Any) -> None:
         log.debug(format, *arguments)
+
+
+def _object(received: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(received)
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        raise UsageError("a request must be an object in JSON")
+    return body
 
 
 class _UnixConnection(http.client.HTTPConnection):
