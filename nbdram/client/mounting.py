@@ -219,7 +219,9 @@ def _alone_with(note: MountNote) -> Iterator[None]:
 
     NbdramError if it is in use on this host already, as another device.
     """
-    ours = _attached()[note.device]
+    ours = _attached().get(note.device)
+    if ours is None:
+        raise NbdramError(f"{note.device} was detached while it was to be mounted: mount it again")
     same = "identity" if ours["identity"] else "uri"
     with device_locked(ours[same]):
         for device, other in _attached().items():

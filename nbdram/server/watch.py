@@ -21,15 +21,15 @@ class Watch:
 
     def suspend(self, fd: int) -> bool:
         """Shut its eyes on a socket that it watches; False if that can't be done."""
-        if not self._is_known:
-            self._is_known = True
-            backend = getattr(asyncio.get_running_loop(), "_get_backend_id", None)  # of uvloop; others have none
-            self._epoll = select.epoll.fromfd(os.dup(backend())) if backend else None
         try:
+            if not self._is_known:
+                backend = getattr(asyncio.get_running_loop(), "_get_backend_id", None)  # of uvloop; others have none
+                self._epoll = select.epoll.fromfd(os.dup(backend())) if backend else None
+                self._is_known = True
             if self._epoll:
                 self._epoll.unregister(fd)
                 return True
-        except OSError:  # it does not watch that
+        except OSError:  # it does not watch that, or too many files are open
             pass
         return False
 

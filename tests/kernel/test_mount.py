@@ -19,6 +19,13 @@ clean() { # nothing is left of a mount
     [ -z "$(ls $NOTES)" ] || { find $NOTES; exit 1; }
 }
 capacity() { df -m --output=size $D | tail -n 1; }
+one_succeeds() { # of two that were started, whose output is in one and two
+    made=0
+    if wait $1; then made=$((made + 1)); fi
+    if wait $2; then made=$((made + 1)); fi
+    cat $TMPDIR/one $TMPDIR/two
+    [ $made = 1 ]
+}
 until_there() { # these files exist, in time
     for path; do
         for _ in $(seq 200); do [ -e $path ] && continue 2; sleep 0.1; done
@@ -185,11 +192,7 @@ def test_mounts_at_the_same_time_do_not_get_in_each_others_way(guest: Guest) -> 
             want=$1
             "$NBDRAM" mount 1G $2 --memory 40M --name $3 >$TMPDIR/one 2>&1 & one=$!
             "$NBDRAM" mount 1G $4 --memory 40M --name $5 >$TMPDIR/two 2>&1 & two=$!
-            made=0
-            if wait $one; then made=$((made + 1)); fi
-            if wait $two; then made=$((made + 1)); fi
-            cat $TMPDIR/one $TMPDIR/two
-            [ $made = 1 ]
+            one_succeeds $one $two
             grep -q -- "$want" $TMPDIR/one $TMPDIR/two
             [ "$(grep -c " ext4 " /proc/mounts)" = 1 ]
             nbdram umount $(nbdram mount | cut -d ' ' -f 1)
@@ -226,11 +229,7 @@ def test_of_two_who_mount_the_same_export_at_the_same_time_one_has_it(guest: Gue
         PATH=$TMPDIR/bin:$PATH
         "$NBDRAM" mount nbd://$SERVER/data $D >$TMPDIR/one 2>&1 & one=$!
         "$NBDRAM" mount nbd://$SERVER/data /run/other >$TMPDIR/two 2>&1 & two=$!
-        made=0
-        if wait $one; then made=$((made + 1)); fi
-        if wait $two; then made=$((made + 1)); fi
-        cat $TMPDIR/one $TMPDIR/two
-        [ $made = 1 ]
+        one_succeeds $one $two
         cat $TMPDIR/one $TMPDIR/two | grep "is in use already, as /dev/nbd[01] at .*: unmount that first"
         [ "$(grep -c " ext4 " /proc/mounts)" = 1 ]
         nbdram umount $(nbdram mount | cut -d ' ' -f 1)

@@ -181,7 +181,7 @@ async def test_the_event_loops_lag_is_measured(tmp_path: Path) -> None:
         server.server.lag._due -= 1000
         await eventually(lambda: scrape(server)("nbdram_event_loop_lag_seconds_count") >= 1)
         # A timer may come a little before its time: it is kept in whole milliseconds.
-    assert scrape(server)("nbdram_event_loop_lag_seconds_sum") >= 999
+        assert scrape(server)("nbdram_event_loop_lag_seconds_sum") >= 999
 
 
 def test_the_reference_is_what_the_code_says() -> None:

@@ -1,6 +1,8 @@
 """While a connection receives by itself the event loop does not watch its socket: it misses nothing by that."""
 
 import asyncio
+import errno
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +45,25 @@ async def test_what_comes_while_its_eyes_are_shut_is_seen_afterwards(pair: tuple
 
 async def test_what_is_not_watched_can_t_be_suspended(pair: tuple[socket.socket, socket.socket]) -> None:
     assert not Watch().suspend(pair[0].fileno())
+
+
+async def test_with_too_many_open_files_it_goes_on_watching(
+    pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int) -> int:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    loop, watch = asyncio.get_running_loop(), Watch()
+    loop.add_reader(pair[0], lambda: None)
+    await asyncio.sleep(0.01)
+    try:
+        with monkeypatch.context() as meanwhile:
+            meanwhile.setattr(os, "dup", full)
+            assert not watch.suspend(pair[0].fileno())
+        assert watch.suspend(pair[0].fileno()), "there is room again"
+        watch.resume(pair[0].fileno())
+    finally:
+        loop.remove_reader(pair[0])
 
 
 def test_other_event_loops_go_on_watching(pair: tuple[socket.socket, socket.socket]) -> None:
@@ -99,7 +120,7 @@ async def test_a_connection_that_could_not_be_heard_again_is_ended(
     tmp_path: Path, lingering: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def deaf(self: Watch, fd: int) -> None:
-        raise OSError(28, "no space left on device")  # ENOSPC: of fs.epoll.max_user_watches
+        raise OSError(errno.ENOSPC, "no space left on device")  # of fs.epoll.max_user_watches
 
     async with served(tmp_path) as server, await server.entered() as client, await server.entered() as other:
         monkeypatch.setattr(Watch, "resume", deaf)

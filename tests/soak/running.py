@@ -76,7 +76,7 @@ async def _nobody_left(server: Running, quiet: Sample) -> None:
         while (now := samples.take(server, 0.0, [])).connections or now.tasks > quiet.tasks + 2:
             await asyncio.sleep(0.1)
     # To each of three masters one to read, one to write and one to drop, and one for each of two processes; and more.
-    assert now.files <= quiet.files + 24, f"{now.files} files are open, not {quiet.files}"
+    assert now.files <= quiet.files + 20, f"{now.files} files are open, not {quiet.files}"
 
 
 def _report(run: Soak, taken: list[Sample], seconds: float) -> str:

@@ -400,7 +400,7 @@ class _Lane(threading.Thread):
     def _exchange(self, batch: Sequence[Command]) -> list[Any]:
         if self._connection is None:
             connection = self._engine.connect(self._address)
-            if self._way == "write":
+            if self._way != "read":
                 check_policy(connection, self._address)
             self._connection = connection
         connection = self._connection
