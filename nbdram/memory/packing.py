@@ -42,7 +42,7 @@ from nbdram.memory.layout import (
     cold_word,
     page_runs,
 )
-from nbdram.memory.malloc import keep_what_is_freed
+from nbdram.memory.malloc import give_back_what_is_free, keep_what_is_freed
 from nbdram.memory.tiers.ram import MappedRamTier, RamTier
 
 if TYPE_CHECKING:
@@ -167,6 +167,7 @@ def serve(fd: int) -> None:
     for name, ours in (("autogroup", str(_NICE)), ("comm", "nbdram-compress")):
         with suppress(OSError), open(f"/proc/self/{name}", "w") as own:
             own.write(ours)
+    give_back_what_is_free()
     with socket.socket(fileno=fd) as server, suppress(BrokenPipeError, ConnectionResetError):
         server.send(READY)
         sending: Sending | None = None

@@ -64,7 +64,6 @@ _RESIDENT_OF: Final = tuple(
 )
 _NO_REFERENCES: Final = bytes(PAGE)
 _FULL_INDEX_PAGE: Final = WHOLE.to_bytes(WORD_BYTES, "little") * WORDS_PER_PAGE
-_FULL_WORDS: Final = [_FULL_INDEX_PAGE[: count * WORD_BYTES] for count in range(WORDS_PER_PAGE + 1)]
 _touched_runs = re.compile(rb"[^\0]+").finditer
 
 Extent = tuple[int, int, int]  # start, end (bytes of the device), tier
@@ -185,7 +184,7 @@ class Space:
         return (
             count <= WORDS_PER_PAGE
             and 0 not in self.references[first:after]
-            and self.backing.index[first * WORD_BYTES : after * WORD_BYTES] == _FULL_WORDS[count]
+            and self.backing.index[first * WORD_BYTES : after * WORD_BYTES] == _FULL_INDEX_PAGE[: count * WORD_BYTES]
         )
 
     @property

@@ -24,6 +24,7 @@ from nbdram.config import (
 from nbdram.errors import NbdramError
 from nbdram.memory.budget import Budget
 from nbdram.memory.layout import PAGE
+from nbdram.memory.malloc import give_back_what_is_free
 from nbdram.memory.moving import Mover
 from nbdram.memory.packer import Packers
 from nbdram.memory.pressure import INTERVAL_S, AutoBudget, pressure_file
@@ -309,6 +310,7 @@ async def serve(settings: ServeSettings, read: ReadSettings | None = None) -> No
     _precise_timers()
     server = Server(settings, read)
     await server.start()
+    give_back_what_is_free()
     stopping = asyncio.Event()
     _on_signals(stopping, server.reloader)
     announce(server)

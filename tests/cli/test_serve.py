@@ -15,7 +15,7 @@ import pytest
 from nbdram.cli import main
 from nbdram.config import format_size, parse_nbd_uri
 from nbdram.memory.available import most_memory
-from tests.helpers import CLUSTER, GIB, MIB, PAGE, TIB, Finished, command_line, dial, run, running, u32
+from tests.helpers import CLUSTER, GIB, MIB, PAGE, TIB, Finished, command_line, dial, run, run_command, running, u32
 
 SOMEWHERE = ("--metrics", "off", "--memory", "64M")
 
@@ -293,6 +293,29 @@ async def test_a_write_waits_for_memory_only_as_long_as_it_is_told(tmp_path: Pat
         assert errors == {0, 28}
         assert (await client.call(4, 0, GIB)).error == 0
         await client.write(0, b"x" * CLUSTER)
+
+
+_LOOK_INTO = """if True:
+    import json, os, sys
+    from nbdram.cli import main
+    from nbdram.memory.malloc import give_back_what_is_free
+    from nbdram.memory.reclaim import anonymous_bytes
+    from nbdram.server import server
+    def announce(_):
+        before = anonymous_bytes()
+        give_back_what_is_free()
+        print(before - anonymous_bytes(), flush=True)
+        os._exit(0)
+    server.announce = announce
+    main(sys.argv[1:])
+"""
+
+
+async def test_a_server_that_is_up_has_given_back_what_its_start_took(tmp_path: Path) -> None:
+    sockets = ("--listen", f"unix:{tmp_path / 'nbd.sock'}", "--control", str(tmp_path / "control"))
+    ended = await run_command([sys.executable, "-c", _LOOK_INTO, "serve", *sockets, *SOMEWHERE])
+    assert ended.code == 0, ended
+    assert int(ended.output) < MIB // 2
 
 
 async def test_an_interrupt_before_all_is_set_up_ends_it_without_a_trace(tmp_path: Path) -> None:

@@ -86,3 +86,17 @@ def test_threads_take_what_they_allocate_from_one_arena() -> None:
         for how in ("shared", "own")
     }
     assert arenas["shared"] == 0 < arenas["own"]
+
+
+def test_what_was_freed_among_what_is_needed_goes_back_to_the_kernel() -> None:
+    code = """if True:
+        from nbdram.memory.malloc import give_back_what_is_free
+        from nbdram.memory.reclaim import anonymous_bytes
+        held = [bytearray(20000) for _ in range(1000)]
+        del held[:-1]
+        before = anonymous_bytes()
+        give_back_what_is_free()
+        print(before - anonymous_bytes())
+    """
+    given_back = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+    assert 15 * MIB < given_back < 25 * MIB
