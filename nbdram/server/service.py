@@ -8,6 +8,7 @@ from nbdram.memory.fetch import Fetcher
 from nbdram.memory.layout import PAGE
 from nbdram.protocol.handshake import Failure
 from nbdram.server.counters import ServiceCounters
+from nbdram.server.doze import Doze
 from nbdram.server.exports import Exports
 from nbdram.server.haggling import Haggling
 from nbdram.server.peers import origin_of
@@ -56,6 +57,7 @@ class Service:
         self.fetcher = Fetcher()
         self.tls: Tls | None = None
         self.watch = Watch()
+        self.doze = Doze()
         self.receive_buffer = bytearray(RECEIVE_BYTES)
         self.receive_view = memoryview(self.receive_buffer)
         self.payload_view = self.receive_view[_HEADER_ROOM:]
