@@ -4,14 +4,13 @@ All of it is checked, and every mistake told at once with its place. Exports of 
 of the file; where both have a name, those of the flag count; the rules of the file, if the flag has none.
 """
 
-import difflib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from nbdram.access import OPEN, Rules
 from nbdram.config import (
@@ -26,10 +25,12 @@ from nbdram.config import (
     limited_memory,
 )
 from nbdram.config_remote import PASSWORD_VARIABLE, USER_VARIABLE, parse_swap
-from nbdram.configuration.document import Document, Keys
 from nbdram.configuration.keys import EXPORT_FLAG, EXPORT_KEYS, KEYS, RULE_NAMES, Key
 from nbdram.errors import NbdramError, UsageError
 from nbdram.memory.available import default_budget
+
+if TYPE_CHECKING:
+    from nbdram.configuration.document import Document, Keys
 
 DEFAULT_FILE: Final = Path("/etc/nbdram/nbdram.toml")
 FILE_VARIABLE: Final = "NBDRAM_CONFIG"
@@ -83,6 +84,8 @@ class _Loader:
         self._exports: dict[str, ExportSettings] = {}
         self._has_rules: set[str] = set()
         if file is not None:
+            from nbdram.configuration.document import Document  # whose library is only for those who have a file
+
             with self._noting(str):
                 self._take_document(Document.read(file))
         self._take_variables(environment)
@@ -108,7 +111,7 @@ class _Loader:
 
     # -- the file ----------------------------------------------------------------------------------
 
-    def _take_document(self, document: Document) -> None:
+    def _take_document(self, document: "Document") -> None:
         values = dict(document.values)
         exports = values.pop("exports", {})
         self._take_table(document, (), values)
@@ -118,7 +121,7 @@ class _Loader:
         for name, table in exports.items():
             self._take_export(document, name, table)
 
-    def _take_table(self, document: Document, above: Keys, values: dict[str, Any]) -> None:
+    def _take_table(self, document: "Document", above: "Keys", values: dict[str, Any]) -> None:
         known = {key.name: key for key in KEYS}
         tables = {name.rpartition(".")[0] for name in known}
         for last, value in values.items():
@@ -135,7 +138,7 @@ class _Loader:
                 here = [known_name for known_name in (*known, "exports") if known_name.startswith(".".join(above))]
                 self._mistakes.append(place(f"there is no such key{_suggestion(name, here)}"))
 
-    def _take_export(self, document: Document, name: str, table: Any) -> None:
+    def _take_export(self, document: "Document", name: str, table: Any) -> None:
         known = {key.name: key for key in EXPORT_KEYS}
         keys = ("exports", name)
         place = _file_place(document, keys)
@@ -290,7 +293,7 @@ class _Loader:
                 load(tls)
 
 
-def _file_place(document: Document, keys: Keys, key: Key | None = None) -> Place:
+def _file_place(document: "Document", keys: "Keys", key: Key | None = None) -> Place:
     def message(told: str) -> str:
         if key and key.flag:  # parsers speak of their flags
             told = told.removeprefix(f"{key.flag} ")
@@ -320,5 +323,7 @@ def _flag_place(key: Key) -> Place:
 
 
 def _suggestion(name: str, known: list[str]) -> str:
+    import difflib  # only for those who mistype
+
     near = difflib.get_close_matches(name, known, 1, 0.7)
     return f": do you mean {near[0]}?" if near else ""

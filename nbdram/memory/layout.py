@@ -30,6 +30,9 @@ PAGES_PER_CLUSTER: Final = CLUSTER // PAGE
 WORD_BYTES: Final = 8
 WORDS_PER_PAGE: Final = PAGE // WORD_BYTES  # an index page describes 32 MiB of the device
 
+SEAL_BYTES: Final = 16 + 12 + 16  # salt, nonce and tag of an image that is sealed (`tiers/seal.py`)
+SECRET_BYTES: Final = 32  # of what the keys for that are derived from
+
 RESIDENT: Final = 0xFFFF
 RESIDENT_AND_DIRTY: Final = 0x10001  # times a page mask: both bits of each page
 WHOLE: Final = 0xFFFFFFFF  # every page resident and dirty

@@ -19,9 +19,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from struct import Struct
 from typing import Final, NamedTuple
 
+import nbdram
 from nbdram.memory.device import Device
 from nbdram.memory.layout import RESIDENT
 from nbdram.memory.packing import ANSWER, FAILED, HEAD, READY, REQUEST, REQUEST_TO_SEND
@@ -38,6 +40,8 @@ _MEMORY_EACH: Final = 128 << 20
 _PATIENCE_S: Final = 5.0  # for a batch, which takes milliseconds: somebody has stopped the process
 _SEND_LATE_S: Final = 0.3  # with what goes to a remote, and waits for that
 _SEND_PATIENCE_S: Final = 30.0  # to a remote: the process itself gives up a node that is silent
+# Without `site` (-S), for whose .pth files it would take up to 2 MiB: where modules are it is told.
+_OURS: Final = str(Path(nbdram.__file__).parents[1])
 _PROGRAM: Final = "import sys; from nbdram.memory.packing import serve; serve(int(sys.argv[1]))"
 
 Wanted = tuple[Device, int, int]  # a device, one of its clusters, and its word
@@ -149,11 +153,11 @@ class Packer:
         try:
             ours.setblocking(False)
             self._process = subprocess.Popen(
-                [sys.executable, "-Pc", _PROGRAM, str(its.fileno())],
+                [sys.executable, "-SPc", _PROGRAM, str(its.fileno())],
                 pass_fds=(its.fileno(), *self._keep_open),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [*sys.path, _OURS]))},
                 start_new_session=True,
             )
             asyncio.get_running_loop().add_reader(ours, self._answered)

@@ -27,6 +27,7 @@ from nbdram.memory.layout import (
     LENGTH_MASK,
     LENGTH_SHIFT,
     PAGE,
+    SEAL_BYTES,
     SLOT_SHIFT,
     TIER_MASK,
     TIER_SHIFT,
@@ -41,7 +42,6 @@ from nbdram.memory.layout import (
 )
 from nbdram.memory.tiers.disk import SLOT_BYTES, punch_hole
 from nbdram.memory.tiers.ram import image_pages
-from nbdram.memory.tiers.seal import SEAL_BYTES
 
 if TYPE_CHECKING:
     from nbdram.memory.space import Space

@@ -31,11 +31,10 @@ import xxhash
 
 from nbdram.errors import NbdramError
 from nbdram.memory.backing import OpenFile, file_lengths
-from nbdram.memory.layout import CLUSTER, MAX_DEVICE_BYTES, PAGE
+from nbdram.memory.layout import CLUSTER, MAX_DEVICE_BYTES, PAGE, SECRET_BYTES
 from nbdram.memory.locking import lock_patiently
 from nbdram.memory.tiers.disk import swap_file
 from nbdram.memory.tiers.generations import GENERATIONS_BYTES
-from nbdram.memory.tiers.seal import SECRET_BYTES
 
 FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"

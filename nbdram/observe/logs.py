@@ -7,7 +7,7 @@ python -m nbdram.observe.logs > docs/logs.md
 
 import json
 import logging
-from datetime import UTC, datetime
+import time
 from typing import Any, Final, TextIO
 
 FORMATS: Final = ("text", "json")
@@ -75,9 +75,9 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         event, *names = EVENTS.get(str(record.msg), ("other",))
-        moment = datetime.fromtimestamp(record.created, UTC)
+        second = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: dict[str, Any] = {
-            "time": moment.isoformat(timespec="milliseconds"),
+            "time": f"{second}.{int(record.msecs):03}+00:00",
             "level": record.levelname.lower(),
             "event": event,
             "logger": record.name,

@@ -8,9 +8,8 @@ GET /api/map?export=NAME        the map of a device
 import base64
 import heapq
 import json
+import pkgutil
 import time
-from http import HTTPStatus
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Final
 
 from nbdram import __version__
@@ -54,7 +53,7 @@ def status_pages(server: "Server", history: History) -> dict[str, Page]:
                 return _json(_map(export))
             except ValueError:
                 pass  # it was removed just now
-        return Answer(b"there is no export of this name\n", status=HTTPStatus.NOT_FOUND)
+        return Answer(b"there is no export of this name\n", status=404)
 
     found: dict[str, Page] = {"/api/status": status, "/api/history": curves, "/api/map": map_of}
     for path, (name, content_type) in _FILES.items():
@@ -63,7 +62,8 @@ def status_pages(server: "Server", history: History) -> dict[str, Page]:
 
 
 def _file(name: str, content_type: str) -> Page:
-    body = files("nbdram.observe").joinpath("page", name).read_bytes()
+    body = pkgutil.get_data("nbdram.observe", f"page/{name}")
+    assert body is not None
     return lambda _: Answer(body, content_type)
 
 

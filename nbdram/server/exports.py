@@ -18,7 +18,6 @@ from nbdram.memory.codec import Codec
 from nbdram.memory.device import Device
 from nbdram.memory.layout import CLUSTER, PAGE
 from nbdram.memory.recovery import punch_stray_pages, recount
-from nbdram.memory.statedir import StateDirectory, StoredDevice
 from nbdram.memory.tiers.disk import DiskTier, SwapArea, swap_file
 from nbdram.protocol.handshake import ExportInfo
 from nbdram.protocol.wire import TransmissionFlag as Flag
@@ -26,6 +25,7 @@ from nbdram.server.counters import ExportCounters
 from nbdram.server.pace import Pace
 
 if TYPE_CHECKING:
+    from nbdram.memory.statedir import StateDirectory, StoredDevice
     from nbdram.memory.tiers.remote import Remote
 
 log = logging.getLogger("nbdram.exports")
@@ -93,7 +93,9 @@ class Export:
             "remote": device.remote_pages * PAGE,
         }
 
-    def stored(self) -> StoredDevice:
+    def stored(self) -> "StoredDevice":
+        from nbdram.memory.statedir import StoredDevice  # for whoever asks, who has loaded it already
+
         return StoredDevice(
             self.identity,
             self.name,
@@ -112,7 +114,7 @@ class Exports:
         self,
         budget: Budget,
         areas: Sequence[SwapArea] = (),
-        state: StateDirectory | None = None,
+        state: "StateDirectory | None" = None,
         remote: "Remote | None" = None,
         *,
         remote_first: bool = False,
@@ -156,7 +158,7 @@ class Exports:
             state.use_remote(str(self._remote.settings))
         state.sweep()
 
-    def _match_swap(self, state: StateDirectory) -> None:
+    def _match_swap(self, state: "StateDirectory") -> None:
         """The swap areas must be those that images are in: which of them has a cluster depends on all."""
         recorded = state.manifest.swap
         given = {area.path.resolve(): area for area in self._areas}
@@ -172,7 +174,7 @@ class Exports:
                 if not file.exists():
                     raise NbdramError(f"{file} is missing, and {export.name!r} has data in it: put it back")
 
-    def _match_remote(self, state: StateDirectory) -> None:
+    def _match_remote(self, state: "StateDirectory") -> None:
         """A remote that images are in must be there, and the one that has them."""
         for export in self:
             if not export.device.remote_clusters:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Final
 
 from nbdram.config import ExportSettings, ServeSettings, format_size
 from nbdram.errors import NbdramError, UsageError
-from nbdram.server.tls import Tls
 
 if TYPE_CHECKING:
     from nbdram.server.server import Server
@@ -125,6 +124,8 @@ class Reloader:
                 changes.applied.append("TLS is not offered any more")
             return
         if service.tls is None:
+            from nbdram.server.tls import Tls  # who checked the certificate has loaded it already
+
             service.tls = Tls(new.tls)
             changes.applied.append("TLS is offered")
         else:

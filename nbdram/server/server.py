@@ -30,7 +30,6 @@ from nbdram.memory.packer import Packers
 from nbdram.memory.pressure import INTERVAL_S, AutoBudget, pressure_file
 from nbdram.memory.reclaim import Reclaimer
 from nbdram.memory.recovery import sweep, sweep_remote
-from nbdram.memory.statedir import StateDirectory
 from nbdram.memory.tiers.disk import SwapArea, filesystem
 from nbdram.observe import snapshot
 from nbdram.observe.control import ControlServer, default_path
@@ -48,9 +47,9 @@ from nbdram.server.listeners import open_listeners, unlink_if_ours
 from nbdram.server.quiet import hang_up_on_the_quiet
 from nbdram.server.reload import ReadSettings, Reloader
 from nbdram.server.service import Service
-from nbdram.server.tls import Tls
 
 if TYPE_CHECKING:
+    from nbdram.memory.statedir import StateDirectory
     from nbdram.memory.tiers.remote import Remote
 
 log = logging.getLogger("nbdram.server")
@@ -70,7 +69,7 @@ class Server:
         self.settings = settings
         self.reloader: Reloader = Reloader(self, read)
         budget = Budget(settings.memory)
-        self.state = StateDirectory(settings.state_dir) if settings.state_dir else None
+        self.state = _state_directory(settings)
         self.areas: list[SwapArea] = []
         self.remote: Remote | None = None
         try:
@@ -112,6 +111,8 @@ class Server:
         self.loop = asyncio.get_running_loop()
         try:
             if self.settings.tls:
+                from nbdram.server.tls import Tls  # as `_remote`
+
                 self.service.tls = Tls(self.settings.tls)
             self.web = self._open_web()
             self.lag.start()
@@ -158,7 +159,7 @@ class Server:
             log.warning("%s has only %s of room: --memory is %s", path, format_size(room), format_size(limit))
         self.exports.budget.set_limit(limit)
 
-    def _take_up(self, state: StateDirectory) -> None:
+    def _take_up(self, state: "StateDirectory") -> None:
         """Go on where the last server on this state directory ended."""
         kind = filesystem(state.path)
         if kind != "tmpfs":
@@ -323,7 +324,15 @@ async def serve(settings: ServeSettings, read: ReadSettings | None = None) -> No
     watchdog.cancel()
 
 
-def _swap_areas(settings: ServeSettings, state: StateDirectory | None) -> list[SwapArea]:
+def _state_directory(settings: ServeSettings) -> "StateDirectory | None":
+    if settings.state_dir is None:
+        return None
+    from nbdram.memory.statedir import StateDirectory  # as `_remote`
+
+    return StateDirectory(settings.state_dir)
+
+
+def _swap_areas(settings: ServeSettings, state: "StateDirectory | None") -> list[SwapArea]:
     areas: list[SwapArea] = []
     try:
         for swap in settings.swap:
@@ -335,7 +344,7 @@ def _swap_areas(settings: ServeSettings, state: StateDirectory | None) -> list[S
     return areas
 
 
-def _remote(settings: ServeSettings, state: StateDirectory | None) -> "Remote | None":
+def _remote(settings: ServeSettings, state: "StateDirectory | None") -> "Remote | None":
     if settings.remote is None:
         return None
     from nbdram.memory.tiers.remote import Remote  # the library costs memory, and start-up time

@@ -12,11 +12,11 @@ from nbdram.server.doze import Doze
 from nbdram.server.exports import Exports
 from nbdram.server.haggling import Haggling
 from nbdram.server.peers import origin_of
-from nbdram.server.tls import Tls
 from nbdram.server.watch import Watch
 
 if TYPE_CHECKING:
     from nbdram.server.connection import Connection
+    from nbdram.server.tls import Tls
 
 log = logging.getLogger("nbdram.connection")
 

@@ -1,6 +1,7 @@
 """`nbdram serve` as a user starts it: what it prints, what it refuses, and that a refusal changes nothing."""
 
 import asyncio
+import json
 import os
 import re
 import shlex
@@ -302,20 +303,46 @@ _LOOK_INTO = """if True:
     from nbdram.memory.reclaim import anonymous_bytes
     from nbdram.server import server
     def announce(_):
-        before = anonymous_bytes()
+        modules, before = list(sys.modules), anonymous_bytes()
         give_back_what_is_free()
-        print(before - anonymous_bytes(), flush=True)
+        print(json.dumps([modules, before - anonymous_bytes()]), flush=True)
         os._exit(0)
     server.announce = announce
     main(sys.argv[1:])
 """
 
 
-async def test_a_server_that_is_up_has_given_back_what_its_start_took(tmp_path: Path) -> None:
-    sockets = ("--listen", f"unix:{tmp_path / 'nbd.sock'}", "--control", str(tmp_path / "control"))
-    ended = await run_command([sys.executable, "-c", _LOOK_INTO, "serve", *sockets, *SOMEWHERE])
+async def looked_into(directory: Path, *arguments: str) -> tuple[set[str], int]:
+    """The modules that a server which is up has loaded, and how much memory it could give back."""
+    sockets = ("--listen", f"unix:{directory / 'nbd.sock'}", "--control", str(directory / "control"))
+    ended = await run_command([sys.executable, "-c", _LOOK_INTO, "serve", *sockets, *SOMEWHERE, *arguments])
     assert ended.code == 0, ended
-    assert int(ended.output) < MIB // 2
+    modules, free = json.loads(ended.output)
+    return set(modules), free
+
+
+async def test_a_server_that_is_up_has_given_back_what_its_start_took(tmp_path: Path) -> None:
+    _, free = await looked_into(tmp_path)
+    assert free < MIB // 2
+
+
+# 4 to 5 MiB of 17, if they were loaded.
+NOT_FOR_ALL = {
+    *("cryptography", "redis", "secrets", "datetime", "tomllib", "difflib"),
+    *("http", "http.server", "http.client", "email", "html", "shutil", "tempfile", "importlib.resources"),
+    *("nbdram.memory.statedir", "nbdram.memory.tiers.seal", "nbdram.memory.tiers.remote", "nbdram.server.tls"),
+}
+
+
+async def test_only_what_the_settings_ask_for_is_loaded(tmp_path: Path) -> None:
+    modules, _ = await looked_into(tmp_path, "--metrics", "127.0.0.1:0")
+    assert modules & NOT_FOR_ALL == set()
+
+
+async def test_what_seals_is_loaded_before_anything_is_swapped(tmp_path: Path) -> None:
+    """And not when somebody waits for it."""
+    modules, _ = await looked_into(tmp_path, "--swap", f"disk:{tmp_path / 'swap'}")
+    assert {"nbdram.memory.tiers.seal", "cryptography.hazmat.primitives.ciphers.aead"} <= modules
 
 
 async def test_an_interrupt_before_all_is_set_up_ends_it_without_a_trace(tmp_path: Path) -> None:

@@ -22,9 +22,8 @@ from uuid import UUID
 
 from nbdram.errors import NbdramError
 from nbdram.memory.backing import allocated_bytes
-from nbdram.memory.layout import CLUSTER, PAGE, Tier, round_up
+from nbdram.memory.layout import CLUSTER, PAGE, SEAL_BYTES, Tier, round_up
 from nbdram.memory.locking import lock_patiently
-from nbdram.memory.tiers.seal import SEAL_BYTES, Seal
 
 log = logging.getLogger("nbdram.disk")
 
@@ -53,6 +52,8 @@ class SwapArea:
     """
 
     def __init__(self, path: Path, max_bytes: int, secret: bytes | None = None) -> None:
+        from nbdram.memory.tiers.seal import Seal  # its library takes 2 MiB, which are only for those who seal
+
         self.path = path
         self.max_bytes = max_bytes
         self.used_bytes = 0

@@ -24,7 +24,7 @@ from uuid import UUID
 
 from nbdram.errors import NbdramError
 from nbdram.memory.codec import IntegrityError, MissingImage
-from nbdram.memory.layout import CLUSTER, PAGE, Tier
+from nbdram.memory.layout import CLUSTER, PAGE, SEAL_BYTES, Tier
 from nbdram.memory.mailbox import Told
 from nbdram.memory.packer import Packer
 from nbdram.memory.tiers.engine import Command, Engine, Finish
@@ -33,7 +33,7 @@ from nbdram.memory.tiers.ram import image_pages
 from nbdram.memory.tiers.reading import Reads
 from nbdram.memory.tiers.refusals import Refusals
 from nbdram.memory.tiers.remote_settings import RemoteSettings
-from nbdram.memory.tiers.seal import SEAL_BYTES, Seal
+from nbdram.memory.tiers.seal import Seal
 from nbdram.memory.tiers.sending import SEAL_PURPOSE, image_key, image_label
 from nbdram.memory.tiers.writes import Writes
 

@@ -16,12 +16,11 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from nbdram.memory.codec import IntegrityError
+from nbdram.memory.layout import SECRET_BYTES
 
 _NONCE_BYTES: Final = 12
 _SALT_BYTES: Final = 16
 _HEAD_BYTES: Final = _SALT_BYTES + _NONCE_BYTES
-SEAL_BYTES: Final = _HEAD_BYTES + 16
-SECRET_BYTES: Final = 32
 _KEYS_KEPT: Final = 64
 
 

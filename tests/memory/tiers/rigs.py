@@ -10,11 +10,10 @@ from typing import Any, Protocol
 
 from nbdram.memory.budget import Budget
 from nbdram.memory.device import Device
-from nbdram.memory.layout import Tier
+from nbdram.memory.layout import SEAL_BYTES, Tier
 from nbdram.memory.tiers.disk import SwapArea
 from nbdram.memory.tiers.ram import MappedRamTier
 from nbdram.memory.tiers.remote import Remote
-from nbdram.memory.tiers.seal import SEAL_BYTES
 from nbdram.server.exports import Exports
 from tests.helpers import GIB, MIB, PAGE
 from tests.memory.tiers.redis_cluster import Cluster, until

@@ -67,8 +67,8 @@ def test_a_read_only_file_system_is_refused(tmp_path: Path) -> None:
 def test_a_directory_that_one_may_not_write_is_refused(tmp_path: Path) -> None:
     """As a user without privileges: root may write everywhere."""
     code = (
-        "import os, sys; from pathlib import Path; from nbdram.memory.tiers.disk import SwapArea\n"
-        "os.chdir(sys.argv[1]); os.setgid(65534); os.setuid(65534); SwapArea(Path('.'), 0)"
+        "import os, sys; from pathlib import Path; from nbdram.memory.tiers import disk, seal\n"
+        "os.chdir(sys.argv[1]); os.setgid(65534); os.setuid(65534); disk.SwapArea(Path('.'), 0)"
     )
     tmp_path.chmod(0o755)
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
