@@ -4,7 +4,7 @@ With a thread each call of the compressor, and there are a dozen for a cluster, 
 All state is in files and words, so that a process needs to know nothing but what each batch tells (`packing.py`), and
 for images that go to a remote, its own connections to the nodes.
 
-One costs about 6 MiB, twice that with a remote, which count as the server's. The first is started when there is
+One costs about 5 MiB, twice that with a remote, which count as the server's. The first is started when there is
 something to compress, others when those that there are can't keep up, and they end when they have nothing to do.
 They go last, so that they take nothing from who serves. Until there is one, when there can be none, when it was lost,
 and when others leave it no time, threads do its work.
@@ -40,9 +40,16 @@ _MEMORY_EACH: Final = 128 << 20
 _PATIENCE_S: Final = 5.0  # for a batch, which takes milliseconds: somebody has stopped the process
 _SEND_LATE_S: Final = 0.3  # with what goes to a remote, and waits for that
 _SEND_PATIENCE_S: Final = 30.0  # to a remote: the process itself gives up a node that is silent
-# Without `site` (-S), for whose .pth files it would take up to 2 MiB: where modules are it is told.
+# Each MiB that it does without is one for data. `site` (-S) would take up to 2, by what .pth files load: it is told
+# where modules are. `typing` takes 0.9 with what that loads, and is of use to those who check types.
 _OURS: Final = str(Path(nbdram.__file__).parents[1])
-_PROGRAM: Final = "import sys; from nbdram.memory.packing import serve; serve(int(sys.argv[1]))"
+_PROGRAM: Final = """if True:
+    import sys, types
+    sys.modules["typing"] = types.SimpleNamespace(Final=list, Self=None, TYPE_CHECKING=False)
+    from nbdram.memory.packing import serve
+    del sys.modules["typing"]  # the libraries for a remote may want it
+    serve(int(sys.argv[1]))
+"""
 
 Wanted = tuple[Device, int, int]  # a device, one of its clusters, and its word
 

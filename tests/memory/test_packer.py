@@ -339,6 +339,19 @@ async def test_the_process_goes_last_in_its_session_and_its_session_among_others
         assert not group.exists() or group.read_text().endswith("nice 19\n")
 
 
+async def test_the_process_loads_no_more_than_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    look = f"""open({str(tmp_path / "compress")!r}, "w").write(" ".join(sys.modules))
+    import nbdram.memory.tiers.sending
+    open({str(tmp_path / "send")!r}, "w").write(" ".join(sys.modules))
+    serve("""
+    monkeypatch.setattr(packer_module, "_PROGRAM", packer_module._PROGRAM.replace("serve(", look))
+    async with started():
+        to_compress, to_send = (set((tmp_path / name).read_text().split()) for name in ("compress", "send"))
+    assert to_compress & {"site", "typing", "re", "pathlib", "dataclasses", "asyncio", "cryptography"} == set()
+    assert to_send & {"site", "pathlib", "dataclasses", "asyncio", "secrets", "redis"} == set()
+    assert "cryptography" in to_send
+
+
 async def test_signals_to_all_of_a_group_do_not_end_the_process() -> None:
     async with started() as packer:
         assert packer.pid

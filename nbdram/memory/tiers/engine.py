@@ -31,8 +31,9 @@ from redis import exceptions
 from redis.connection import AbstractConnection, Connection, SSLConnection
 
 from nbdram.errors import NbdramError
-from nbdram.memory.tiers.remote_settings import ANSWER_S, WAIT_MS, Address, RemoteSettings, address_text
+from nbdram.memory.tiers.remote_settings import Address, RemoteSettings, address_text
 from nbdram.memory.tiers.remote_tls import check_files, distrust, hint, wrong_port
+from nbdram.memory.tiers.sending import ANSWER_S, WAIT_MS
 
 log = logging.getLogger("nbdram.remote")
 

@@ -22,7 +22,8 @@ import hiredis
 from redis.connection import AbstractConnection
 
 from nbdram.memory.tiers.engine import Command, Engine
-from nbdram.memory.tiers.remote_settings import ANSWER_S, Address, address_text
+from nbdram.memory.tiers.remote_settings import Address, address_text
+from nbdram.memory.tiers.sending import ANSWER_S
 
 log = logging.getLogger("nbdram.remote")
 

@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Final
 
 DEFAULT_WAIT_S: Final = 20.0  # below the 30 s after which clients are usually told to give up
-ANSWER_S: Final = 3.0  # a node that is silent for so long is given up
-WAIT_MS: Final = 1000  # for replicas
 
 Address = tuple[str, int]
 

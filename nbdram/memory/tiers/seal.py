@@ -6,7 +6,7 @@ rests on no number that must be kept from one start to the next (an old copy of 
 old number back), and no keys need to be kept for images of earlier starts: their salts are with them.
 """
 
-import secrets
+import os
 from itertools import count
 from typing import Final
 
@@ -29,10 +29,10 @@ class Seal:
 
     def __init__(self, secret: bytes | None, purpose: bytes, place: str) -> None:
         """`purpose`: different ones have different keys. `place`: for people, as in "on disk"."""
-        self.secret: Final = secret or secrets.token_bytes(SECRET_BYTES)
+        self.secret: Final = secret or os.urandom(SECRET_BYTES)
         self._purpose = purpose
         self._place = place
-        self._salt = secrets.token_bytes(_SALT_BYTES)
+        self._salt = os.urandom(_SALT_BYTES)
         self._numbers = count(1)
         self._keys: dict[bytes, AESGCM] = {}
 

@@ -24,9 +24,10 @@ from struct import Struct
 from typing import Final
 
 from nbdram.memory.packing import ANSWER, FAILED, HEAD
-from nbdram.memory.tiers.remote_settings import ANSWER_S, WAIT_MS
 from nbdram.memory.tiers.seal import Seal
 
+ANSWER_S: Final = 3.0  # a node that is silent for so long is given up
+WAIT_MS: Final = 1000  # for replicas
 IMAGE_PREFIX: Final = b"nbdram:image:"
 SEAL_PURPOSE: Final = b"nbdram remote"
 _MOST_BUFFERS: Final = 512  # in one call
