@@ -107,5 +107,7 @@ def measure(content: Path, data: int, kind: str) -> Cold:
             before = stats["resident"]
         else:
             raise BenchError(f"{server.name}: data still go cold after {_PUSHES * _PUSH_S:.0f} s of writes")
+        server.settle()
+        stats = server.export_stats()
         index = stats["index"] + size // _CLUSTER
         return Cold(data, stats["compressed"], stats["compressed_from"], stats["resident"], index)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -17,6 +18,9 @@ from bench.zram import Zram
 from nbdram.observe.control import ask
 
 _SAMPLE_S: Final = 0.02
+_SETTLE_LOOK_S: Final = 2.0  # it makes images smaller after a second of quiet
+_SETTLE_LOOKS: Final = 60
+_IDLE_CORES: Final = 0.06
 LEAST_PAGE_CACHE: Final = 24 << 20  # less, and nbdkit's sixteen threads hardly get anywhere
 _COPY_TIMEOUT_S: Final = 300.0
 
@@ -58,6 +62,14 @@ class Nbdram(Paged):
     def held_bytes(self) -> int:
         """All of it: anonymous memory, resident pages, images, index."""
         return proc.held_bytes(self.pid, memfd_prefix="nbdram")
+
+    def settle(self) -> None:
+        for _ in range(_SETTLE_LOOKS):
+            before = self.cpu_s()
+            time.sleep(_SETTLE_LOOK_S)
+            if self.cpu_s() - before < _IDLE_CORES * _SETTLE_LOOK_S:
+                return
+        raise BenchError(f"{self.name}: still at work after {_SETTLE_LOOKS * _SETTLE_LOOK_S:.0f} s without a request")
 
     def longest_stall(self) -> Stall:
         """The longest that its event loop did not come round since this was last asked."""

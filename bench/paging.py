@@ -173,6 +173,7 @@ def _compare(plan: Plan, chosen: Sequence[str], options: Options, limits: list[C
         with running([*servers, ceiling]):
             for server in servers:
                 copy_in(plan.content, server.uri())
+                server.settle()
             with Watch(servers) as watch:
                 for job in table:
                     _warm_up(job, servers, options)

@@ -62,6 +62,7 @@ def measure(jobs: Sequence[Job], servers: Sequence[Server], options: Options) ->
                     again = _sample(job, server, options.seconds)
                     sample = min(sample, again, key=lambda s: s.others)
                 samples[server.name].append(sample)
+                server.settle()
         results[job.name] = samples
     return results
 

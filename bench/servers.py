@@ -71,6 +71,9 @@ class Server:
         """CPU time that the server and its descendants have used so far."""
         return proc.cpu_s(self.pid)
 
+    def settle(self) -> None:
+        """Wait until it has done what it does while nobody asks it for anything, and would take from who is next."""
+
     def memory(self) -> proc.Memory:
         return proc.memory(self.pid, memfd_prefix="nbdram")
 

@@ -9,6 +9,7 @@ The cluster word (64 bits, changed by one aligned store):
     bits 32-48  length     bytes of the cold image (0: there is none; 65536: stored raw)
     bit  49     slot       which of its two slots in the tier holds it
     bits 50-52  tier       of the cold image: RAM, DISK, REMOTE
+    bit  53     dense      no smaller image of the cluster is to be had (only of one in RAM)
     bits 56-63  place      of one on disk: which swap directory has it, counted from the cluster's own
 
 Word 0 is a hole: it reads as zeros and costs nothing. A page that is not resident is zero if the cluster has no
@@ -43,6 +44,7 @@ LENGTH_MASK: Final = 0x1FFFF
 SLOT_SHIFT: Final = 49
 TIER_SHIFT: Final = 50
 TIER_MASK: Final = 7
+DENSE: Final = 1 << 53
 PLACE_SHIFT: Final = 56
 
 

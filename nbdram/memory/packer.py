@@ -38,6 +38,7 @@ LATE_S: Final = 0.03  # for a batch: others leave the process no time, so that t
 # The memory for data, besides what the server itself takes, that has room for a process which compresses.
 _MEMORY_EACH: Final = 128 << 20
 _PATIENCE_S: Final = 5.0  # for a batch, which takes milliseconds: somebody has stopped the process
+_DENSE_PATIENCE_S: Final = 60.0  # for what has time
 _SEND_LATE_S: Final = 0.3  # with what goes to a remote, and waits for that
 _SEND_PATIENCE_S: Final = 30.0  # to a remote: the process itself gives up a node that is silent
 # Each MiB that it does without is one for data. `site` (-S) would take up to 2, by what .pth files load: it is told
@@ -179,6 +180,10 @@ class Packer:
         """What `packing.pack` returns for each, FAILED for all if the process can't be asked."""
         kind = b"M" if any(device.has_dropped for device, _, _ in wanted) else b"P"
         return await self._ask(kind, REQUEST, wanted, LATE_S, _PATIENCE_S)
+
+    async def make_denser(self, wanted: Sequence[Wanted]) -> list[int]:
+        """What `packing.make_denser` returns for each, FAILED for all if the process can't be asked."""
+        return await self._ask(b"D", REQUEST, wanted, LATE_S, _DENSE_PATIENCE_S)
 
     async def send(self, wanted: Sequence[WantedToSend]) -> list[int]:
         """Have images stored in a remote, or in RAM if they had to be made and compress; the word of each, or FAILED if

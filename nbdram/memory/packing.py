@@ -7,6 +7,7 @@ A message to the process has a kind, a number, and descriptors:
 
     P  a batch of clusters, their images to be stored in RAM; the files that it is about, two for each device
     M  likewise, stored through maps (`tiers/ram.py` has the reason)
+    D  likewise, of clusters that have images, which are to be made smaller
     S  a batch of clusters, their images to be stored in a remote (`tiers/sending.py`), unless they are not there yet,
        and compress; files as before
     C  a connection to a node of the remote; its socket
@@ -27,10 +28,11 @@ from functools import cache
 from struct import Struct
 from typing import TYPE_CHECKING, Final
 
-from nbdram.memory.codec import INCOMPRESSIBLE_BYTES, Codec
+from nbdram.memory.codec import DENSE_LEVEL, INCOMPRESSIBLE_BYTES, Codec
 from nbdram.memory.layout import (
     CLUSTER,
     CLUSTER_SHIFT,
+    DENSE,
     LENGTH_MASK,
     LENGTH_SHIFT,
     PAGE,
@@ -43,7 +45,7 @@ from nbdram.memory.layout import (
     page_runs,
 )
 from nbdram.memory.malloc import give_back_what_is_free, keep_what_is_freed
-from nbdram.memory.tiers.ram import MappedRamTier, RamTier
+from nbdram.memory.tiers.ram import MappedRamTier, RamTier, image_pages
 
 if TYPE_CHECKING:
     from nbdram.memory.tiers.sending import Sending
@@ -105,6 +107,21 @@ def pack_or_read(
     slot = free_slot(word, Tier.RAM)
     ram.store(cluster, slot, parts)
     return cold_word(length, slot, Tier.RAM), b""
+
+
+def make_denser(ram: RamTier, codec: Codec, cluster: int, word: int) -> int:
+    """Store a smaller image of a cluster of which all is in an image in RAM; the word that describes it.
+
+    STUCK if it would take no page less; else as `pack`.
+    """
+    image = _old_image(ram, cluster, word, None)
+    parts = codec.encode(memoryview(b"".join(codec.decode(image, 0, CLUSTER))))
+    length = sum(map(len, parts or ()))
+    if parts is None or image_pages(length) >= image_pages(len(image)):
+        return STUCK
+    slot = free_slot(word, Tier.RAM)
+    ram.store(cluster, slot, parts)
+    return cold_word(length, slot, Tier.RAM) | DENSE
 
 
 def content_of(
@@ -186,7 +203,8 @@ def serve(fd: int) -> None:
             places = [(hot, tier(cold)) for hot, cold in zip(files[::2], files[1::2], strict=True)]
             try:
                 if kind != b"S":
-                    server.send(message[: HEAD.size] + b"".join(map(ANSWER.pack, _pack_all(records, places))))
+                    words = _pack_all(records, places, denser=kind == b"D")
+                    server.send(message[: HEAD.size] + b"".join(map(ANSWER.pack, words)))
                 else:
                     assert sending  # a connection came first
                     _send_all(sending, message[: HEAD.size], records, places)
@@ -204,12 +222,15 @@ def _sending(server: socket.socket) -> "Sending":
     return Sending(server)
 
 
-def _pack_all(records: bytes, places: Places) -> list[int]:
+def _pack_all(records: bytes, places: Places, *, denser: bool) -> list[int]:
     done = []
     for device, block_bytes, level, cluster, word in REQUEST.iter_unpack(records):
         try:
             hot, ram = places[device]
-            done.append(pack(hot, ram, _codec(block_bytes, level), cluster, word))
+            if denser:
+                done.append(make_denser(ram, _codec(block_bytes, DENSE_LEVEL), cluster, word))
+            else:
+                done.append(pack(hot, ram, _codec(block_bytes, level), cluster, word))
         except Exception:  # a thread of the server's tries again, and tells why
             done.append(FAILED)
     return done

@@ -84,6 +84,7 @@ class ReclaimCounters:
         self.incompressible = 0
         self.demoted = 0
         self.moved_on = 0  # by `moving.py`
+        self.made_denser = 0  # by `densifying.py`
         self.thrown_away = 0
 
 
@@ -165,6 +166,17 @@ class Reclaimer:
                 with suppress(OSError):
                     own += anonymous_bytes(packer.pid)
         return own
+
+    @property
+    def done(self) -> int:
+        """Grows with all that reclaim does for memory that is wanted."""
+        return self._gains
+
+    def idle_packer(self) -> "Packer | None":
+        """A process that compresses, while reclaim has nothing for it to do."""
+        if self._at_work or not self._packers:
+            return None
+        return self._packers.least_busy(self._memory_for_data)
 
     def _measure(self) -> None:
         budget = self._budget

@@ -24,6 +24,7 @@ from nbdram.memory.layout import (
     CLUSTER,
     CLUSTER_SHIFT,
     COLD_REFERENCE,
+    DENSE,
     LENGTH_MASK,
     LENGTH_SHIFT,
     PAGE,
@@ -50,9 +51,11 @@ _GIVE_UP: Final = "`nbdram rm DIR` gives all of the directory up"
 _CHUNK_PAGES: Final = 128  # of the index, read at a time: 4 GiB of the device
 _EXTENTS_A_STEP: Final = 64
 
-# Byte 6 of a word is tier * 4 + slot * 2 + the highest bit of the length. What that makes the reference byte of a
-# cluster without resident pages, which tiers have an image, and which values there can be.
+# Byte 6 of a word is tier * 4 + slot * 2 + the highest bit of the length, and has the bit of a dense image in RAM. What
+# that makes the reference byte of a cluster without resident pages, which tiers have an image, and which values there
+# can be.
 _BYTE_6: Final = {tier: bytes(tier << 2 | rest for rest in range(4)) for tier in (Tier.RAM, Tier.DISK, Tier.REMOTE)}
+_BYTE_6[Tier.RAM] += bytes(value | DENSE >> 48 for value in _BYTE_6[Tier.RAM])
 _HAS_IMAGE_IN: Final = {
     tier: bytes(0xFF * (value in values) for value in range(256)) for tier, values in _BYTE_6.items()
 }

@@ -369,7 +369,7 @@ FAMILIES: Final = (
         "counter",
         "Clusters of 64 KiB that reclaim took up, by what came of it: compressed; dropped_clean: it still had its "
         "image; zeros: became a hole; demoted: its image went to disk or a remote; moved_on: from disk to a remote; "
-        "incompressible: left resident; thrown_away: was touched meanwhile.",
+        "made_denser: has a smaller image now; incompressible: left resident; thrown_away: was touched meanwhile.",
         ("result",),
         lambda source: list(vars(source.server.reclaimer.counters).items()),
     ),

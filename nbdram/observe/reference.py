@@ -14,7 +14,7 @@ _VALUES: Final = {
     "path (of a swap directory)": "the directory, as it was given",
     "phase": "handshake, transmission",
     "reason": ", ".join(Failure),
-    "result": "compressed, dropped_clean, zeros, incompressible, demoted, moved_on, thrown_away",
+    "result": "compressed, dropped_clean, zeros, incompressible, demoted, moved_on, made_denser, thrown_away",
     "remote": "its URL, without options",
     "source": "ram, disk, remote",
     "version": "the version of nbdram",

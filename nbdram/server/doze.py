@@ -11,7 +11,6 @@ from typing import Final
 _TRIAL: Final = 16  # turns, each of half a millisecond, for each way
 _SETTLING: Final = 4  # of them, that do not count: what was under way goes on the old way
 _CYCLE: Final = 2048  # turns from one trial to the next
-_WORTH: Final = 0.97  # of the rate: dozing takes less CPU time
 
 
 class Doze:
@@ -35,6 +34,6 @@ class Doze:
             self.pays = True
         elif self._turn == 2 * _TRIAL:
             without, dozing = (n / s for n, s in zip(self._requests, self._seconds, strict=True))
-            self.pays = dozing >= without * _WORTH
+            self.pays = dozing >= without
             self._requests = [n / 2 for n in self._requests]
             self._seconds = [s / 2 for s in self._seconds]

@@ -23,6 +23,7 @@ from nbdram.config import (
 )
 from nbdram.errors import NbdramError
 from nbdram.memory.budget import Budget
+from nbdram.memory.densifying import Densifier
 from nbdram.memory.layout import PAGE
 from nbdram.memory.malloc import give_back_what_is_free
 from nbdram.memory.moving import Mover
@@ -103,6 +104,7 @@ class Server:
         self._sweeper: asyncio.Task[None] | None = None
         self._quiet: asyncio.Task[None] | None = None
         self._remote_sweeper: asyncio.Task[None] | None = None
+        self._densifier: Densifier = Densifier(self.reclaimer, self.exports.devices)
         self._mover: Mover | None = None
         self._socket_files: list[tuple[str, int]] = []
 
@@ -121,6 +123,7 @@ class Server:
             for export in self._wanted_exports():
                 self.exports.configure(export)
             self.reclaimer.start()
+            self._densifier.start()
             self._sweeper = asyncio.create_task(self._sweep())
             if self.remote:
                 if self.areas:
@@ -282,6 +285,7 @@ class Server:
         if self.service.tls:
             await self.service.tls.stop()
             self.service.tls = None
+        await self._densifier.stop()
         await self.reclaimer.stop()
         if self._mover:
             await self._mover.stop()

@@ -22,12 +22,12 @@ def share_of_dozing(doze: Doze, without: int, dozing: int, turns: int = _SOME_SE
     return dozed / turns
 
 
-@pytest.mark.parametrize(("without", "dozing"), [(80, 120), (100, 105), (100, 98)])
+@pytest.mark.parametrize(("without", "dozing"), [(80, 120), (100, 105), (100, 100)])
 def test_it_dozes_where_as_much_is_done(without: int, dozing: int) -> None:
     assert share_of_dozing(Doze(), without, dozing) > 0.95
 
 
-@pytest.mark.parametrize(("without", "dozing"), [(120, 65), (100, 95)])
+@pytest.mark.parametrize(("without", "dozing"), [(120, 65), (100, 98)])
 def test_it_does_not_where_less_is_done(without: int, dozing: int) -> None:
     assert share_of_dozing(Doze(), without, dozing) < 0.02
 
