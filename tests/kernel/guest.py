@@ -194,7 +194,7 @@ class Guest:
         with console.open("wb") as messages, _cpu() as cpu:
             boot = [*self._in_network, "taskset", "--cpu-list", str(cpu), *self._kernel(token)]
             # UML's memory is a file: it must be on a tmpfs, or each page fault is disk I/O.
-            environment = {**os.environ, "TMPDIR": "/dev/shm"}
+            environment = {**os.environ, "TMPDIR": "/dev/shm", **self._preloaded()}
             with spawned(boot, stdout=subprocess.PIPE, stderr=messages, env=environment, grace_s=0) as uml:
                 in_time = output.read(uml, time.monotonic() + timeout_s)
         for data in self.share.glob(".coverage.*"):
@@ -204,6 +204,16 @@ class Guest:
             return Result(output.status, output.text, said)
         how = "died before the script ended" if in_time else f"did not end within {timeout_s:g} s"
         raise GuestError(f"the guest {how}\n--- output:\n{output.text}\n--- console:\n{said}")
+
+    def _preloaded(self) -> dict[str, str]:
+        """What `wide_registers.c` is for: nothing, on most processors."""
+        if " amx_tile " not in Path("/proc/cpuinfo").read_text():
+            return {}
+        require_tools({"cc": "gcc libc6-dev"})
+        source, library = Path(__file__).with_name("wide_registers.c"), self.directory / "wide_registers.so"
+        if not library.exists():
+            subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+        return {"LD_PRELOAD": str(library)}
 
     def _kernel(self, token: str) -> list[str]:
         share = _MOUNT_SHARE.format(share=self.share)
