@@ -329,7 +329,7 @@ async def test_a_server_that_is_up_has_given_back_what_its_start_took(tmp_path: 
 # They would take 5 MiB, beside the 16 of the rest.
 NOT_FOR_ALL = {
     *("cryptography", "redis", "secrets", "datetime", "tomllib", "difflib"),
-    *("http", "http.server", "http.client", "email", "html", "shutil", "tempfile", "importlib.resources"),
+    *("http", "http.server", "http.client", "email", "html", "shutil", "stringprep", "tempfile", "importlib.resources"),
     *("nbdram.memory.statedir", "nbdram.memory.tiers.seal", "nbdram.memory.tiers.remote", "nbdram.server.tls"),
 }
 
