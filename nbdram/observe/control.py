@@ -12,6 +12,7 @@ It runs in a thread of its own, so that looking costs the event loop nothing: al
 What changes anything is handed to the loop. Errors are {"error": a sentence}.
 """
 
+import http.client
 import json
 import logging
 import os
@@ -19,13 +20,13 @@ import socket
 import socketserver
 import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote, urlsplit
 
 from nbdram.config import Endpoint, runtime_directory
 from nbdram.errors import Conflict, NbdramError, NoSuchExport, UsageError
-from nbdram.observe.http import Handler
 from nbdram.server.listeners import open_listeners, unlink_if_ours
 
 if TYPE_CHECKING:
@@ -82,12 +83,21 @@ class ControlServer(socketserver.ThreadingMixIn, socketserver.BaseServer):
         log.debug("a control client went away", exc_info=True)
 
 
-class _Handler(Handler):
+class _Handler(BaseHTTPRequestHandler):
     server: ControlServer
 
-    def answer(self) -> None:
+    def do_GET(self) -> None:
+        self._answer("GET")
+
+    def do_POST(self) -> None:
+        self._answer("POST")
+
+    def do_DELETE(self) -> None:
+        self._answer("DELETE")
+
+    def _answer(self, method: str) -> None:
         try:
-            status, answer = self._act()
+            status, answer = self._act(method)
         except UsageError as error:
             status, answer = 400, {"error": str(error)}
         except NoSuchExport as error:
@@ -99,16 +109,21 @@ class _Handler(Handler):
         except TimeoutError:
             status, answer = 500, {"error": "the server did not get it done in time"}
         except Exception:
-            log.exception("%s %s failed unexpectedly", self.method, self.target)
+            log.exception("%s %s failed unexpectedly", method, self.path)
             status, answer = 500, {"error": "the server failed; its log says more"}
-        self.send(status, "application/json", json.dumps(answer).encode())
+        body = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
-    def _act(self) -> tuple[int, dict[str, Any]]:
+    def _act(self, method: str) -> tuple[int, dict[str, Any]]:
         """Do what is asked; the status and the answer."""
         admin = self.server.admin
-        parts = urlsplit(self.target)
+        parts = urlsplit(self.path)
         received = self._received()  # also by who does not want it: a client that still sends would hear nothing
-        match self.method, *[unquote(part) for part in parts.path.split("/")[1:]]:
+        match method, *[unquote(part) for part in parts.path.split("/")[1:]]:
             case ["GET", "v1", "stats"]:
                 return 200, self.server.snapshot()
             case ["GET", "v1", "status"]:
@@ -123,13 +138,19 @@ class _Handler(Handler):
                 return 200, admin.resize(name, _object(received))
             case ["POST", "v1", "reload"]:
                 return 200, admin.reload(_object(received))
-        return 404, {"error": f"there is no {self.method} {parts.path}"}
+        return 404, {"error": f"there is no {method} {parts.path}"}
 
     def _received(self) -> bytes:
-        length = self.headers.get("content-length", "0")
+        length = self.headers.get("Content-Length", "0")
         if not length.isdigit() or int(length) > _MAX_BODY_BYTES:
             raise UsageError(f"a request may have at most {_MAX_BODY_BYTES} bytes, and must say how many")
         return self.rfile.read(int(length))
+
+    def address_string(self) -> str:
+        return "local"
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        log.debug(format, *arguments)
 
 
 def _object(received: bytes) -> dict[str, Any]:
@@ -142,15 +163,21 @@ def _object(received: bytes) -> dict[str, Any]:
     return body
 
 
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=_TIMEOUT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(_TIMEOUT_S)
+        self.sock.connect(str(self._path))
+
+
 def ask(path: Path, what: str, method: str = "GET", body: dict[str, Any] | None = None) -> dict[str, Any]:
     """`method` /v1/`what` at the server that listens at `path`; its refusal is raised, as UsageError if it is one."""
-    import http.client  # takes a MiB, which is not for who serves
-
-    connection = http.client.HTTPConnection("localhost", timeout=_TIMEOUT_S)
-    connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection = _UnixConnection(path)
     try:
-        connection.sock.settimeout(_TIMEOUT_S)
-        connection.sock.connect(str(path))
         connection.request(method, f"/v1/{what}", None if body is None else json.dumps(body))
         response = connection.getresponse()
         answer: dict[str, Any] = json.loads(response.read())

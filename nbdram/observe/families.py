@@ -4,14 +4,8 @@ The table is all there is to know of them: the exposition, docs/metrics.md and t
 one pass over plain numbers that the event loop writes; it may be done by any thread, and changes nothing.
 """
 
-import mmap
-import os
-import resource
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from nbdram import __version__
@@ -106,19 +100,6 @@ def _connections(source: Source) -> Sequence[Row]:
     in_transmission = sum(export.connections for _, export in source.exports)
     in_all = len(source.server.service.connections)
     return [("handshake", max(0, in_all - in_transmission)), ("transmission", in_transmission)]
-
-
-def _memory_of_process(field: int) -> int:
-    """Bytes, by the field of /proc/self/statm."""
-    return int(Path("/proc/self/statm").read_text().split()[field]) * mmap.PAGESIZE
-
-
-@cache
-def _start_of_process() -> float:
-    """In seconds since 1970."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    booted = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime "))
-    return int(booted.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _swap(get: Callable[[Any], float]) -> Read:
@@ -537,48 +518,5 @@ FAMILIES: Final = (
         "Always 1; the label says which version this is.",
         ("version",),
         lambda _: [(__version__, 1)],
-    ),
-    # -- the process, under the names that it has with all of Prometheus' clients
-    Family(
-        "process_cpu_seconds_total",
-        "counter",
-        "CPU time of the process, user and system.",
-        (),
-        _server(lambda _: time.process_time()),
-    ),
-    Family(
-        "process_resident_memory_bytes",
-        "gauge",
-        "RAM of the process, with what it has touched of its devices' memory files.",
-        (),
-        _server(lambda _: _memory_of_process(1)),
-    ),
-    Family(
-        "process_virtual_memory_bytes",
-        "gauge",
-        "Address space of the process, in which each device has all of its maximum.",
-        (),
-        _server(lambda _: _memory_of_process(0)),
-    ),
-    Family(
-        "process_open_fds",
-        "gauge",
-        "Open files and sockets of the process.",
-        (),
-        _server(lambda _: len(os.listdir("/proc/self/fd"))),
-    ),
-    Family(
-        "process_max_fds",
-        "gauge",
-        "How many it may have.",
-        (),
-        _server(lambda _: resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
-    ),
-    Family(
-        "process_start_time_seconds",
-        "gauge",
-        "When the process was started, in seconds since 1970.",
-        (),
-        _server(lambda _: _start_of_process()),
     ),
 )

@@ -10,6 +10,7 @@ import heapq
 import json
 import pkgutil
 import time
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
 from nbdram import __version__
@@ -53,7 +54,7 @@ def status_pages(server: "Server", history: History) -> dict[str, Page]:
                 return _json(_map(export))
             except ValueError:
                 pass  # it was removed just now
-        return Answer(b"there is no export of this name\n", status=404)
+        return Answer(b"there is no export of this name\n", status=HTTPStatus.NOT_FOUND)
 
     found: dict[str, Page] = {"/api/status": status, "/api/history": curves, "/api/map": map_of}
     for path, (name, content_type) in _FILES.items():

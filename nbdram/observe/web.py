@@ -15,11 +15,12 @@ import socketserver
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl, urlsplit
 
 from nbdram.config import Endpoint
-from nbdram.observe.http import Handler
 from nbdram.server.listeners import open_listeners
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Answer:
 
     body: bytes
     content_type: str = "text/plain; charset=utf-8"
-    status: int = 200
+    status: HTTPStatus = HTTPStatus.OK
 
 
 Page = Callable[[dict[str, str]], Answer]  # takes the query's parameters
@@ -102,24 +103,39 @@ class WebServer(socketserver.ThreadingMixIn, socketserver.BaseServer):
         log.debug("a web client went away", exc_info=True)
 
 
-class _Handler(Handler):
+class _Handler(BaseHTTPRequestHandler):
     server: WebServer
 
-    def answer(self) -> None:
-        answer = self._answer()
-        self.send(answer.status, answer.content_type, answer.body, _HEADERS)
+    def do_GET(self) -> None:
+        self._send(self._answer())
+
+    do_HEAD = do_GET
 
     def _answer(self) -> Answer:
-        if self.method not in ("GET", "HEAD"):
-            return Answer(b"nothing can be changed here\n", status=405)
-        if self.server.only_loopback and not _names_loopback(self.headers.get("host", "")):
+        if self.server.only_loopback and not _names_loopback(self.headers.get("Host", "")):
             # Else any web site could read this through its visitors' browsers, by giving its name our address.
-            return Answer(b"this server is only known as localhost\n", status=403)
-        url = urlsplit(self.target)
+            return Answer(b"this server is only known as localhost\n", status=HTTPStatus.FORBIDDEN)
+        url = urlsplit(self.path)
         page = self.server.pages.get(url.path)
         if page is None:
-            return Answer(b"there is nothing here\n", status=404)
+            return Answer(b"there is nothing here\n", status=HTTPStatus.NOT_FOUND)
         return page(dict(parse_qsl(url.query)))
+
+    def _send(self, answer: Answer) -> None:
+        self.send_response(answer.status)
+        self.send_header("Content-Type", answer.content_type)
+        self.send_header("Content-Length", str(len(answer.body)))
+        for name, value in _HEADERS.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(answer.body)
+
+    def version_string(self) -> str:
+        return "nbdram"
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        log.debug(format, *arguments)
 
 
 def _names_loopback(host: str) -> bool:
@@ -135,7 +151,7 @@ def _names_loopback(host: str) -> bool:
 
 def pages(server: "Server") -> dict[str, Page]:
     """All that there is to see of a server."""
-    from nbdram.observe.exposition import CONTENT_TYPE, Exposition  # a table that is only for those who have metrics
+    from nbdram.observe.exposition import CONTENT_TYPE, Exposition  # its library is only for those with metrics
 
     exposition = Exposition(server)
 
@@ -147,11 +163,11 @@ def pages(server: "Server") -> dict[str, Page]:
         if late_s < _UNHEALTHY_AFTER_S:
             return Answer(b"ok\n")
         text = f"the event loop has not run for {late_s:.0f} s\n"
-        return Answer(text.encode(), status=503)
+        return Answer(text.encode(), status=HTTPStatus.SERVICE_UNAVAILABLE)
 
     def readyz(_: dict[str, str]) -> Answer:
         if server.ready:
             return Answer(b"ready\n")
-        return Answer(b"starting or draining\n", status=503)
+        return Answer(b"starting or draining\n", status=HTTPStatus.SERVICE_UNAVAILABLE)
 
     return {"/metrics": metrics, "/healthz": healthz, "/readyz": readyz}

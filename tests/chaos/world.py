@@ -32,7 +32,7 @@ HUNG_UP: Final = (OSError, asyncio.IncompleteReadError, TimeoutError)
 WRITERS: Final = 3
 REGION: Final = 10 * MIB
 # Twice as much as a server needs for itself: data has to go to disk.
-MEMORY: Final = "36M"
+MEMORY: Final = "40M"
 PATIENCE_S: Final = 240.0
 
 

@@ -1,19 +1,15 @@
 """What /metrics says, held against what was done."""
 
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.registry import Collector
 
-from nbdram.memory.histogram import BOUNDS_S, Histogram
 from nbdram.observe import reference
-from nbdram.observe.exposition import Exposition
-from nbdram.observe.families import FAMILIES, Source
+from nbdram.observe.exposition import Exposition, ServerCollector
+from nbdram.observe.families import FAMILIES
 from nbdram.protocol.handshake import Failure
 from nbdram.protocol.wire import Command, Option
 from nbdram.server.counters import COMMANDS, SAMPLE_EVERY
@@ -57,54 +53,18 @@ async def test_every_metric_of_the_table_is_there_with_its_kind_and_help(tmp_pat
         assert metric.samples or family.labels in (("path",), ("remote",)) or "_tls_" in family.name, family.name
 
 
-class _Collector(Collector):
-    """The table of metrics for a registry of prometheus_client."""
-
-    def __init__(self, server: Served) -> None:
-        self._source = Source(server.server)
-
-    def collect(self) -> Iterator[Metric]:
-        for family in FAMILIES:
-            metric = Metric(family.name.removesuffix("_total"), family.help, family.kind)
-            for *labels, value in family.read(self._source):
-                named = dict(zip(family.labels, labels, strict=True))
-                if isinstance(value, Histogram):
-                    for number, bound in enumerate((*map(str, BOUNDS_S), "+Inf"), 1):
-                        count = sum(value.counts[:number])
-                        metric.add_sample(f"{family.name}_bucket", {**named, "le": bound}, count)
-                    metric.add_sample(f"{family.name}_count", named, sum(value.counts))
-                    metric.add_sample(f"{family.name}_sum", named, value.sum_s)
-                else:
-                    metric.add_sample(family.name, named, value)
-            yield metric
-
-
-async def test_what_prometheus_own_library_would_tell_is_what_is_exposed(tmp_path: Path) -> None:
+async def test_what_the_library_collects_is_what_is_exposed(tmp_path: Path) -> None:
     """Also where a name needs escaping."""
     async with served(tmp_path, 'a"b\\n=1G', "two=64M,ro") as server, await server.entered('a"b\\n') as client:
         await client.write(0, bytes(PAGE))
         exposed = scrape(server).families
         registry = CollectorRegistry()
-        registry.register(_Collector(server))
+        registry.register(ServerCollector(server.server))
         collected = {metric.name: metric for metric in registry.collect()}
     assert len(collected) == len(FAMILIES)
     for name, metric in collected.items():
-        if name != "nbdram_event_loop_lag_seconds" and not name.startswith("process_"):
+        if name != "nbdram_event_loop_lag_seconds":
             assert _samples(metric) == _samples(exposed[name])
-
-
-async def test_the_process_is_told_as_prometheus_own_library_tells_it(tmp_path: Path) -> None:
-    registry = CollectorRegistry()
-    ProcessCollector(registry=registry)
-    async with served(tmp_path) as server:
-        told = {metric.name: metric for metric in registry.collect()}
-        seen = scrape(server)
-    ours = {name for name in seen.families if name.startswith("process_")}
-    assert ours == set(told)
-    for name in ours:
-        (sample,) = told[name].samples
-        assert seen.families[name].type == told[name].type
-        assert seen(sample.name) == pytest.approx(sample.value, rel=0.1), name
 
 
 def _samples(metric: Metric) -> list[tuple[str, dict[str, str], float]]:

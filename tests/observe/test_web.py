@@ -94,54 +94,6 @@ async def test_unknown_paths_and_other_hosts_get_nothing(tmp_path: Path) -> None
         await server.stop()
 
 
-async def exchange(port: int, request: bytes) -> bytes:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(request)
-    answer = await reader.read()
-    writer.close()
-    return answer
-
-
-async def test_requests_are_understood_as_http_has_them(tmp_path: Path) -> None:
-    server = Server(settings(tmp_path))
-    await server.start()
-    try:
-        port = port_of(server)
-        answer = await exchange(port, b"GET /healthz HTTP/1.1\r\nhOsT:  localhost \r\n\r\n")
-        head, _, body = answer.partition(b"\r\n\r\n")
-        assert body == b"ok\n"
-        status, *headers = head.decode().split("\r\n")
-        assert status == "HTTP/1.0 200 OK"
-        assert {"Content-Length: 3", "Cache-Control: no-store", "X-Content-Type-Options: nosniff"} <= set(headers)
-        asked_for_its_head = await exchange(port, b"HEAD /healthz HTTP/1.0\n\n")
-        assert asked_for_its_head == head + b"\r\n\r\n"
-        for method in (b"POST", b"DELETE", b"get"):
-            assert (await exchange(port, method + b" /healthz HTTP/1.1\r\n\r\n")).startswith(b"HTTP/1.0 405 ")
-    finally:
-        await server.stop()
-
-
-async def test_what_is_no_request_is_told_so(tmp_path: Path) -> None:
-    server = Server(settings(tmp_path))
-    await server.start()
-    many = b"a: b\r\n" * 100
-    try:
-        port = port_of(server)
-        for wrong in (
-            b"GET /healthz\r\n",
-            b"GET /health z HTTP/1.1\r\n",
-            b"GET /healthz HTTP/2.0\r\n",
-            b"\0\xff\r\n",
-            (b"GET /" + b"x" * (64 << 10))[: 64 << 10],
-            b"GET /healthz HTTP/1.1\r\nno header\r\n",
-            b"GET /healthz HTTP/1.1\r\n" + many + b"a: b\r\n",
-        ):
-            assert (await exchange(port, wrong)).startswith(b"HTTP/1.0 400 "), wrong[:50]
-        assert (await exchange(port, b"GET /healthz HTTP/1.1\r\n" + many + b"\r\n")).startswith(b"HTTP/1.0 200 ")
-    finally:
-        await server.stop()
-
-
 async def test_garbage_and_silence_do_no_harm(tmp_path: Path) -> None:
     server = Server(settings(tmp_path))
     await server.start()
