@@ -36,7 +36,8 @@ from nbdram.memory.locking import lock_patiently
 from nbdram.memory.tiers.disk import swap_file
 from nbdram.memory.tiers.generations import GENERATIONS_BYTES
 
-FORMAT: Final = 1
+FORMAT: Final = 2
+_READABLE: Final = (1, FORMAT)  # 1 has no dense images
 MANIFEST: Final = "manifest.json"
 _NEW_MANIFEST: Final = "manifest.json.new"
 _REMOTE: Final = "remote"
@@ -71,6 +72,7 @@ class Manifest:
     devices: dict[UUID, StoredDevice] = field(default_factory=dict)
     leftovers: set[UUID] = field(default_factory=set)
     remote: str = ""
+    found_format: int = FORMAT  # of what was read; it is written as FORMAT
 
     def to_json(self) -> str:
         body = {
@@ -101,7 +103,7 @@ class Manifest:
                 "use that one, nothing was changed"
             )
         try:
-            if body.pop("checksum") != _checksum(body) or (program, version) != ("nbdram", FORMAT):
+            if body.pop("checksum") != _checksum(body) or program != "nbdram" or version not in _READABLE:
                 raise ValueError
             if body["geometry"] != _GEOMETRY:
                 raise ValueError
@@ -112,6 +114,7 @@ class Manifest:
                 {device.identity: device for device in devices},
                 {UUID(text) for text in body["leftovers"]},
                 body.get("remote", ""),
+                version,
             )
         except (ValueError, KeyError, TypeError, AttributeError):
             raise NbdramError(f"{path} is damaged: put it back from a copy, or remove {path.parent}") from None
@@ -237,8 +240,8 @@ class StateDirectory:
         self.begin(identity)
 
     def sweep(self, swap: Iterable[Path] = ()) -> None:
-        """Remove the files of devices that are gone, or that were never finished."""
-        if not self.manifest.leftovers:
+        """Remove the files of devices that are gone, or that were never finished; what there is has our format now."""
+        if not self.manifest.leftovers and self.manifest.found_format == FORMAT:
             return
         areas = {*self.manifest.swap, *swap}
         for identity in self.manifest.leftovers:
@@ -247,6 +250,7 @@ class StateDirectory:
             for path in paths:
                 _or_complain(path, partial(path.unlink, missing_ok=True))
         self.manifest.leftovers.clear()
+        self.manifest.found_format = FORMAT
         self.save()
 
     def use_swap(self, areas: list[Path]) -> None:

@@ -18,7 +18,7 @@ from nbdram.memory.device import Device
 from nbdram.memory.incoming import Incoming
 from nbdram.memory.layout import LENGTH_SHIFT, Reference, Tier, cold_word
 from nbdram.memory.recovery import _Words, punch_stray_pages, recount, sweep
-from nbdram.memory.statedir import MANIFEST, StateDirectory, StoredDevice
+from nbdram.memory.statedir import MANIFEST, StateDirectory, StoredDevice, _checksum
 from nbdram.memory.tiers.disk import DiskTier, SwapArea
 from nbdram.memory.tiers.ram import image_pages
 from tests.helpers import CLUSTER, GIB, MIB, PAGE, TIB, hot_pages, index_pages
@@ -383,8 +383,23 @@ def kept(path: Path) -> UUID:
 def test_a_newer_format_is_refused(path: Path) -> None:
     kept(path)
     manifest = json.loads((path / MANIFEST).read_text())
-    (path / MANIFEST).write_text(json.dumps(manifest | {"format": 2, "more": "of it"}))
-    assert "newer nbdram (format 2, this one knows 1)" in refused(path)
+    (path / MANIFEST).write_text(json.dumps(manifest | {"format": 3, "more": "of it"}))
+    assert "newer nbdram (format 3, this one knows 2)" in refused(path)
+
+
+def test_an_older_format_is_read_and_is_ours_when_it_was_taken_up(path: Path) -> None:
+    identity = kept(path)
+    body = json.loads((path / MANIFEST).read_text())
+    del body["checksum"]
+    body["format"] = 1
+    older = json.dumps(body | {"checksum": _checksum(body)})
+    (path / MANIFEST).write_text(older)
+    state = StateDirectory(path)
+    assert list(state.manifest.devices) == [identity]
+    assert (path / MANIFEST).read_text() == older
+    state.sweep()
+    state.close()
+    assert json.loads((path / MANIFEST).read_text())["format"] == 2
 
 
 @pytest.mark.parametrize("length", [0, 1, 100, 300])
