@@ -80,6 +80,8 @@ class Densifier:
                 first, at = span
                 wanted = _coarse(device, first, at)
                 for number in range(0, len(wanted), _BATCH):
+                    if device not in self._devices():  # it was removed, and is closed
+                        break
                     packer = self._reclaimer.idle_packer() if self._reclaimer.done == done else None
                     if packer is None:
                         return False

@@ -176,6 +176,41 @@ async def test_exports_that_want_density_have_it_already(monkeypatch: pytest.Mon
     made.close()
 
 
+async def test_a_device_may_go_in_between(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    going = Device("going", 4 * MIB, Budget(64 * MIB))
+    devices = [going]
+    asked = 0
+    make_denser = Packer.make_denser
+
+    async def last(packer: Packer, wanted: Sequence[Wanted]) -> list[int]:
+        nonlocal asked
+        asked += 1
+        images = await make_denser(packer, wanted)
+        devices.clear()
+        asyncio.get_running_loop().call_soon(going.close)
+        return images
+
+    for cluster in range(4 * MIB // CLUSTER):
+        going.write(cluster * CLUSTER, prose(cluster))
+        going.take_images(
+            cluster, [packing.pack(going.backing.hot_fd, going.ram, going.codec, cluster, going.words[cluster])]
+        )
+    monkeypatch.setattr(Packer, "make_denser", last)
+    packers = Packers(most=1)
+    monkeypatch.setattr(Packers, "_allowed", lambda self, _: list(self))
+    reclaimer = Reclaimer(going.budget, lambda: devices, packers)
+    densifier = Densifier(reclaimer, lambda: devices)
+    await ready(packers.first)
+    reclaimer.counters.compressed = 1
+    densifier.start()
+    await eventually(lambda: asked > 0 and not devices)
+    await asyncio.sleep(0.1)
+    await densifier.stop()
+    await packers.stop()
+    assert asked == 1
+    assert "reclaim had an error" not in caplog.text
+
+
 async def test_nothing_is_lost_with_the_process(device: Device, caplog: pytest.LogCaptureFixture) -> None:
     async with densifying_of(device) as (reclaimer, packers):
         await fill(device)
