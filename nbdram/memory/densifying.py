@@ -27,7 +27,8 @@ log = logging.getLogger("nbdram.reclaim")
 _LOOK_S: Final = 0.25
 _QUIET_LOOKS: Final = 4  # that reclaim has had nothing to do
 _BATCH: Final = 8  # some 4 ms, that reclaim may have to wait
-_SLICE: Final = 1 << 12  # clusters to look through in one go
+_SLICE: Final = 1 << 10  # clusters to look through in one go: a third of a millisecond at most
+_PAUSE_S: Final = 0.0005  # after each
 _COLD: Final = bytes((Reference.COLD,))
 
 Wanted = tuple[Device, int, int]  # a device, one of its clusters, and its word
@@ -72,6 +73,8 @@ class Densifier:
     async def _pass(self) -> bool:
         """Look at all images; False if reclaim had something to do in between."""
         done = self._reclaimer.done
+        if self._reclaimer.idle_packer() is None:
+            return False
         for device in self._devices():
             if device.codec.level:
                 continue
@@ -88,7 +91,7 @@ class Densifier:
                     began = time.monotonic()
                     await self._make_denser(packer, wanted[number : number + _BATCH])
                     await asyncio.sleep(time.monotonic() - began)
-                await asyncio.sleep(0)
+                await asyncio.sleep(_PAUSE_S)
         return True
 
     async def _make_denser(self, packer: Packer, wanted: Sequence[Wanted]) -> None:
@@ -120,9 +123,12 @@ class Densifier:
 
 def _coarse(device: Device, first: int, after: int) -> list[Wanted]:
     """Of the clusters [first, after), those whose image could be smaller, for all that is known."""
-    references, words = device.references[first:after], device.words[first:after].tolist()
-    found = []
+    references = device.references[first:after]
+    found: list[Wanted] = []
     at = references.find(_COLD)
+    if at < 0:
+        return found
+    words = device.words[first:after].tolist()
     while at >= 0:
         word = words[at]
         if not word & DENSE and word >> LENGTH_SHIFT & LENGTH_MASK != CLUSTER and first + at not in device.reclaiming:
