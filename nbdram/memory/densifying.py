@@ -18,7 +18,7 @@ from typing import Final
 
 from nbdram.memory.device import Device
 from nbdram.memory.layout import CLUSTER, DENSE, LENGTH_MASK, LENGTH_SHIFT, Reference
-from nbdram.memory.packer import Packer
+from nbdram.memory.packer import Packer, Wanted
 from nbdram.memory.packing import FAILED, STUCK
 from nbdram.memory.reclaim import Reclaimer
 
@@ -30,8 +30,6 @@ _BATCH: Final = 8  # some 4 ms, that reclaim may have to wait
 _SLICE: Final = 1 << 10  # clusters to look through in one go: a third of a millisecond at most
 _PAUSE_S: Final = 0.0005  # after each
 _COLD: Final = bytes((Reference.COLD,))
-
-Wanted = tuple[Device, int, int]  # a device, one of its clusters, and its word
 
 
 class Densifier:

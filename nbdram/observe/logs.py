@@ -7,7 +7,7 @@ python -m nbdram.observe.logs > docs/logs.md
 
 import json
 import logging
-import time
+from datetime import UTC, datetime
 from typing import Any, Final, TextIO
 
 FORMATS: Final = ("text", "json")
@@ -75,9 +75,9 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         event, *names = EVENTS.get(str(record.msg), ("other",))
-        second = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        moment = datetime.fromtimestamp(record.created, UTC)
         line: dict[str, Any] = {
-            "time": f"{second}.{int(record.msecs):03}+00:00",
+            "time": moment.isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "event": event,
             "logger": record.name,

@@ -225,16 +225,23 @@ async def test_nothing_is_lost_with_the_process(device: Device, caplog: pytest.L
     assert "reclaim had an error" not in caplog.text
 
 
-async def test_what_would_not_get_smaller_stays_as_it_is_and_is_not_tried_again() -> None:
-    device = Device("noisy", MIB, Budget(8 * MIB))
-    content = (random.Random(1).randbytes(PAGE // 2) + bytes(PAGE // 2)) * 16
+@asynccontextmanager
+async def one_image(content: bytes) -> AsyncIterator[tuple[Device, Packer, int, Densifier]]:
+    """A device whose first cluster is in an image, a process that is ready, and the image's word."""
+    device = Device("one", MIB, Budget(8 * MIB))
     device.write(0, content)
     async with started() as packer:
         (image,) = await packer.pack([(device, 0, device.words[0])])
         device.take_images(0, [image])
+        yield device, packer, image, Densifier(Reclaimer(device.budget, lambda: [device]), lambda: [device])
+    device.close()
+
+
+async def test_what_would_not_get_smaller_stays_as_it_is_and_is_not_tried_again() -> None:
+    content = (random.Random(1).randbytes(PAGE // 2) + bytes(PAGE // 2)) * 16
+    async with one_image(content) as (device, packer, image, densifier):
         assert await packer.make_denser([(device, 0, image)]) == [packing.STUCK]
-        reclaimer = Reclaimer(device.budget, lambda: [device])
-        await Densifier(reclaimer, lambda: [device])._make_denser(packer, [(device, 0, image)])
+        await densifier._make_denser(packer, [(device, 0, image)])
         assert device.words[0] == image | DENSE
         assert not densifying._coarse(device, 0, 16)
         assert device.read(0, CLUSTER) == content
@@ -244,7 +251,6 @@ async def test_what_would_not_get_smaller_stays_as_it_is_and_is_not_tried_again(
         assert not over & DENSE
         device.take_images(0, [over])
         assert device.read(0, CLUSTER) == b"n" * PAGE + content[PAGE:]
-    device.close()
 
 
 def written(device: Device) -> bytes:
@@ -266,8 +272,6 @@ def read(device: Device) -> bytes:
 async def test_an_image_of_what_was_touched_meanwhile_is_thrown_away(
     monkeypatch: pytest.MonkeyPatch, act: Callable[[Device], bytes]
 ) -> None:
-    device = Device("one", MIB, Budget(8 * MIB))
-    device.write(0, prose(0))
     make_denser = Packer.make_denser
     expected = b""
 
@@ -275,50 +279,35 @@ async def test_an_image_of_what_was_touched_meanwhile_is_thrown_away(
         nonlocal expected
         images = await make_denser(packer, wanted)
         assert images[0] > 0
-        expected = act(device)
+        expected = act(wanted[0][0])
         return images
 
     monkeypatch.setattr(Packer, "make_denser", meanwhile)
-    async with started() as packer:
-        (image,) = await packer.pack([(device, 0, device.words[0])])
-        device.take_images(0, [image])
-        reclaimer = Reclaimer(device.budget, lambda: [device])
-        await Densifier(reclaimer, lambda: [device])._make_denser(packer, [(device, 0, image)])
-        assert reclaimer.counters.thrown_away == 1
-        assert reclaimer.counters.made_denser == 0
+    async with one_image(prose(0)) as (device, packer, image, densifier):
+        await densifier._make_denser(packer, [(device, 0, image)])
+        assert densifier._counters.thrown_away == 1
+        assert densifier._counters.made_denser == 0
         assert device.read(0, CLUSTER) == expected
         assert device.cold_pages * PAGE == device.ram.allocated_bytes()
         assert not device.reclaiming
-    device.close()
 
 
 async def test_a_damaged_image_is_left_to_whoever_reads_it() -> None:
-    device = Device("damaged", MIB, Budget(8 * MIB))
-    device.write(0, prose(0))
-    async with started() as packer:
-        (image,) = await packer.pack([(device, 0, device.words[0])])
-        device.take_images(0, [image])
+    async with one_image(prose(0)) as (device, packer, image, densifier):
         os.pwrite(device.ram.fd, b"?" * 64, (image >> SLOT_SHIFT & 1) * CLUSTER)
-        reclaimer = Reclaimer(device.budget, lambda: [device])
-        await Densifier(reclaimer, lambda: [device])._make_denser(packer, [(device, 0, image)])
+        await densifier._make_denser(packer, [(device, 0, image)])
         assert device.words[0] == image
         assert not device.reclaiming
-        assert reclaimer.counters.made_denser == 0
-    device.close()
+        assert densifier._counters.made_denser == 0
 
 
 async def test_the_smaller_image_is_in_the_other_slot_and_the_word_tells_that_it_is_dense() -> None:
-    device = Device("one", MIB, Budget(8 * MIB))
-    device.write(0, prose(0))
-    async with started() as packer:
-        (image,) = await packer.pack([(device, 0, device.words[0])])
-        device.take_images(0, [image])
+    async with one_image(prose(0)) as (device, packer, image, _):
         (denser,) = await packer.make_denser([(device, 0, image)])
         assert denser & DENSE
         assert not denser & RESIDENT
         assert denser >> SLOT_SHIFT & 1 != image >> SLOT_SHIFT & 1
         assert image_of(device, 0, image) == image_of(device, 0, denser) == prose(0)
-    device.close()
 
 
 def test_the_next_process_knows_a_dense_image(shm: Path) -> None:

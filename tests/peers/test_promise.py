@@ -76,7 +76,7 @@ def kept(serve: Serve) -> Kept:
     return start
 
 
-@pytest.mark.parametrize(("mib", "swap"), [(20, False), (44, True)], ids=["ram", "disk"])
+@pytest.mark.parametrize(("mib", "swap"), [(16, False), (44, True)], ids=["ram", "disk"])
 def test_under_sustained_writes_of_any_size(kept: Kept, tmp_path: Path, mib: int, swap: bool) -> None:
     """Twice as much as fits, of which a part can be compressed away; four connections write all of it."""
     size = mib * 2
