@@ -41,6 +41,9 @@ until_says() {{ # this command says this, in time
     done
     echo "never said: $1"; exit 1
 }}
+killed() {{ # none is left whose command line matches: one may end, or start another, between a look and the signal
+    while pids=$(pgrep -f "$1"); do kill -9 $pids 2>/dev/null || true; done
+}}
 """
 )
 

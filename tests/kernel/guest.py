@@ -96,7 +96,8 @@ if [ -e "$SHARE/coverage.ini" ]; then # what is still there is told to end, beca
     done
     cp /run/.coverage.* "$SHARE" 2>/dev/null
 fi
-sync
+sync & # which waits for ever where a device's server is gone
+for _ in $(seq 100); do kill -0 $! 2>/dev/null || break; sleep 0.1; done
 printf '\\n%s %s\\n' "$1" "$status"
 echo o >/proc/sysrq-trigger
 sleep 60

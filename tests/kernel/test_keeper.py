@@ -141,7 +141,7 @@ def test_a_device_outlives_its_keeper_and_the_server_that_goes_meanwhile(guest: 
         dd if=/dev/urandom of=$MNT/file bs=1M count=4 oflag=direct status=none
 
         # Both at once, and the parent too: an operator starts the next one.
-        kill -9 $(pgrep -f 'nbdram keeper')
+        killed 'nbdram keeper'
         pause stop
         dd if=/dev/urandom of=$MNT/other bs=1M count=4 oflag=direct status=none &
         pause start

@@ -305,7 +305,7 @@ END
         $mount
         for asks in "$NBDRAM attach --status" "$NBDRAM umount $D"; do
             echo precious >$D/file
-            kill -9 $(pgrep -f 'nbdram keeper') $(pgrep -f 'nbdram serve')
+            killed 'nbdram (keeper|serve)'
             $asks | grep "/dev/nbd0 \|free again"
         done
         clean
