@@ -4,6 +4,7 @@ import random
 import struct
 
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,6 +66,15 @@ def test_a_block_whose_length_became_zero_is_no_block_of_zeros() -> None:
     struct.pack_into("<I", image, 0, 0)
     with pytest.raises(IntegrityError):
         codec.decode(bytes(image), 0, 4 * KIB)
+
+
+@pytest.mark.parametrize("end", [4 * KIB, 16 * KIB])
+@pytest.mark.parametrize("block", [b"\xff" * 100, b"\x10a"], ids=["rubbish", "short"])
+def test_a_block_that_is_not_lz4_is_an_error_whatever_its_checksum_says(block: bytes, end: int) -> None:
+    sums = [xxhash.xxh3_64_intdigest(part) & 0xFFFFFFFF for part in (block, b"", b"", b"")]
+    image = struct.pack("<8I", len(block), 0, 0, 0, *sums) + block
+    with pytest.raises(IntegrityError, match="can't be decompressed"):
+        Codec().decode(image, 0, end)
 
 
 @pytest.mark.parametrize("length", [0, 5, 40, 10 * KIB])
