@@ -77,7 +77,7 @@ _TASKS_WHERE_SHORT: Final = 16  # that wait at once for each client, while memor
 # As long as one connection is all there is to serve, its next requests are received right here, without a round
 # through the event loop, and after its replies we wait a moment for what it sends in return: at queue depth 1 that
 # is 1.7 times the rate. Everybody else waits this much longer, at most:
-_LINGER_S: Final = 0.0005
+_LINGER_S: Final = 0.001
 _SPIN_S: Final = 40e-6
 _ALONE_BATCHES: Final = 32  # so many in a row from one connection make it the only one
 _UNWATCHED_FROM: Final = 4  # batches, from which on the event loop need not hear of it meanwhile

@@ -8,9 +8,9 @@ another processor. So both ways have a few milliseconds in each second, and the 
 
 from typing import Final
 
-_TRIAL: Final = 16  # turns, each of half a millisecond, for each way
-_SETTLING: Final = 4  # of them, that do not count: what was under way goes on the old way
-_CYCLE: Final = 2048  # turns from one trial to the next
+_TRIAL: Final = 8  # turns, each of a millisecond, for each way
+_SETTLING: Final = 2  # of them, that do not count: what was under way goes on the old way
+_CYCLE: Final = 1024  # turns from one trial to the next
 
 
 class Doze:

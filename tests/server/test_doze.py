@@ -9,8 +9,8 @@ from nbdram.protocol.wire import Command
 from nbdram.server.doze import Doze
 from tests.helpers import PAGE, served
 
-_TURN_S = 0.0005
-_SOME_SECONDS = 10_000  # turns
+_TURN_S = 0.001
+_SOME_SECONDS = 5_000  # turns
 
 
 def share_of_dozing(doze: Doze, without: int, dozing: int, turns: int = _SOME_SECONDS) -> float:
@@ -44,7 +44,7 @@ def test_it_changes_its_mind_when_the_client_changes() -> None:
 def test_one_turn_in_which_little_was_done_decides_nothing() -> None:
     doze = Doze()
     doze.judge(0, _TURN_S)
-    for _ in range(9):
+    for _ in range(4):
         doze.judge(100, _TURN_S)
     doze.judge(1, _TURN_S)  # without dozing
     assert share_of_dozing(doze, 100, 60) < 0.02
