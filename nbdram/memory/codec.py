@@ -36,6 +36,10 @@ _compress = lz4.block.compress
 _decompress = lz4.block.decompress
 # The library's own function, which the Python package has no name for. It keeps the interpreter's lock.
 _decompress_start = ctypes.PyDLL(lz4.block._block.__file__).LZ4_decompress_safe_partial
+# What it makes lies here until it is copied: one for all devices, because it is the event loop's alone.
+_start = ctypes.create_string_buffer(CLUSTER)
+_start_view = memoryview(_start)
+_ZEROS: Final = bytes(CLUSTER)
 _checksum = xxhash.xxh3_64_intdigest
 _NO_MATCH: Final = "the checksum of a cold image does not match"
 _NOT_LZ4: Final = "a cold image can't be decompressed"
@@ -65,9 +69,6 @@ class Codec:
         self.pages_of_blocks = [((1 << pages) - 1) << number * pages for number in range(self._blocks)]  # masks
         self._header = Struct(f"<{2 * self._blocks}I")
         self._unpack = self._header.unpack_from
-        self._zeros = bytes(block_bytes)
-        self._start = ctypes.create_string_buffer(block_bytes)
-        self._start_view = memoryview(self._start)
 
     @classmethod
     def dense(cls) -> Self:
@@ -115,7 +116,7 @@ class Codec:
     def _pack(self, block: memoryview) -> bytes | memoryview:
         """What an image has of a block."""
         packed: bytes = _compress(block, store_size=False, **self._how)
-        if len(packed) < _ZERO_BLOCK_BYTES and bytes(block) == self._zeros:
+        if len(packed) < _ZERO_BLOCK_BYTES and bytes(block) == _ZEROS[: len(block)]:
             return b""
         return packed if len(packed) < self.block_bytes else block
 
@@ -128,7 +129,7 @@ class Codec:
     def decode(self, image: memoryview | bytes, start: int, end: int) -> list[memoryview | bytes]:
         """Bytes [start, end) of the cluster, in pieces; IntegrityError if they are not what was stored.
 
-        From one thread only, where less than a block is asked for. Nothing of it is a view of the image, which may be
+        Less than a block is for the event loop's thread to ask for. Nothing of it is a view of the image, which may be
         dropped while the pieces wait to be sent.
         """
         size = self.block_bytes
@@ -151,11 +152,11 @@ class Codec:
             if _checksum(packed) & 0xFFFFFFFF != fields[self._blocks + number] or len(packed) != length:
                 raise IntegrityError(_NO_MATCH)
             if not length or length == size:
-                pieces.append(bytes(packed or self._zeros)[first:after])
+                pieces.append(bytes(packed or _ZEROS)[first:after])
             elif in_part:
-                if _decompress_start(packed, self._start, length, after, size) != after:
+                if _decompress_start(packed, _start, length, after, size) != after:
                     raise IntegrityError(_NOT_LZ4)
-                pieces.append(bytes(self._start_view[first:after]))
+                pieces.append(bytes(_start_view[first:after]))
             else:
                 try:
                     block = _decompress(packed, size)

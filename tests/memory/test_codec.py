@@ -2,6 +2,7 @@
 
 import random
 import struct
+import tracemalloc
 
 import pytest
 import xxhash
@@ -95,3 +96,12 @@ def test_what_looks_incompressible_is(noise: int) -> None:
 
 def test_who_wants_density_looks_longer() -> None:
     assert not Codec.dense().looks_incompressible(random.Random(3).randbytes(CLUSTER))
+
+
+def test_each_of_many_devices_has_one_for_next_to_nothing() -> None:
+    tracemalloc.start()
+    try:
+        codecs = [Codec() for _ in range(100)]
+        assert tracemalloc.get_traced_memory()[0] < 2 * KIB * len(codecs)
+    finally:
+        tracemalloc.stop()
