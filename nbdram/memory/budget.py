@@ -22,6 +22,11 @@ _START_SHARE = 0.01
 _STOP_SHARE = 0.02
 _START_PAGES = 1024
 _MOST_SHARE = 0.10
+# It starts earlier where memory would be short after this time at the pace of late: so that what a fast writer leaves
+# of the processor is put to use, and the processes that compress are there in time. Of the memory for data, at most
+# so much is made free for that: what has been written when a writer stops should not be cold already.
+_AHEAD_S = 0.2
+_AHEAD_SHARE = 0.25
 # What writers leave for reclaim itself: images are stored before the pages that they replace are given back.
 _RESERVE_PAGES = 1024
 # When the process may have taken so much since it was measured last, for replies and images, it is measured again.
@@ -47,6 +52,9 @@ class Budget:
         self.reserve_pages = 0
         self.wake_below = 0
         self.stop_above = 0
+        self.ahead_pages = 0
+        self._pace = 0.0  # pages that data take more, each second
+        self._seen_pages = 0
         self.reclaim: Callable[[], None] | None = None
         self._measure: Callable[[], None] | None = None
         self._unmeasured = 0  # bytes
@@ -89,16 +97,27 @@ class Budget:
         self.wake_below = start + self.reserve_pages
         self.stop_above = max(int(usable * _STOP_SHARE), start * 5 // 4) + self.reserve_pages
 
+    def look_ahead(self, elapsed_s: float) -> None:
+        """Called again and again, last so many seconds ago: reclaim starts now if memory is going fast."""
+        pages = self.used_pages - self.overhead_pages
+        self._pace = max(0.0, (self._pace + (pages - self._seen_pages) / elapsed_s) / 2)
+        self._seen_pages = pages
+        usable = max(0, self.limit_pages - self.overhead_pages)
+        self.ahead_pages = int(min(self._pace * _AHEAD_S, usable * _AHEAD_SHARE))
+        if self.reclaim and self.ahead_pages and self.free_pages < self.wake_below + self.ahead_pages:
+            self.reclaim()
+
     def attach(self, reclaim: Callable[[], None], measure: Callable[[], None] | None = None) -> None:
         """From now on `reclaim` is called when memory gets short, and `measure` when the process may have grown."""
         self.reclaim = reclaim
         self._measure = measure
+        self._seen_pages = self.used_pages - self.overhead_pages
         self._mark()
 
     @property
     def goal_pages(self) -> int:
         """What reclaim should make free: also enough for what was last refused, however small the budget is."""
-        return max(self.stop_above, self._refused + self.reserve_pages)
+        return max(self.stop_above + self.ahead_pages, self._refused + self.reserve_pages)
 
     @property
     def hopeful(self) -> bool:

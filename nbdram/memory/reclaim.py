@@ -142,12 +142,14 @@ class Reclaimer:
 
     async def _watch(self) -> None:
         """What the process itself takes counts too."""
-        free = 0
+        free, at = self._budget.free_pages, time.monotonic()
+        pause_s = _MEASURE_S
         while True:
-            quiet = free == self._budget.free_pages
-            await asyncio.sleep(_MEASURE_S if quiet else _MEASURE_BUSY_S)
+            await asyncio.sleep(pause_s)
             self._measure()
-            free = self._budget.free_pages
+            pause_s = _MEASURE_S if free == self._budget.free_pages else _MEASURE_BUSY_S
+            free, before, at = self._budget.free_pages, at, time.monotonic()
+            self._budget.look_ahead(at - before)
             if self._packers:
                 await self._packers.end_idle()
                 self._connect(self._packers)

@@ -162,3 +162,46 @@ def test_reclaim_aims_at_what_was_refused_however_small_the_budget_is(pages: int
         budget.take(pages)
     assert calls
     assert budget.goal_pages - budget.reserve_pages == pages
+
+
+def test_reclaim_starts_early_while_memory_goes_fast() -> None:
+    budget = Budget(LIMIT * PAGE)
+    calls: list[int] = []
+    budget.attach(lambda: calls.append(budget.free_pages))
+    usual = budget.goal_pages
+    for _ in range(26):
+        budget.take(500)
+        budget.look_ahead(0.05)
+        assert bool(calls) == (budget.free_pages < budget.wake_below + budget.ahead_pages)
+    assert calls
+    assert min(calls) >= budget.wake_below
+    assert 1900 < budget.ahead_pages <= 2000  # a fifth of what a second takes
+    assert budget.goal_pages == usual + budget.ahead_pages
+    calls.clear()
+    for _ in range(20):
+        budget.look_ahead(0.05)
+    assert budget.goal_pages == usual
+    calls.clear()
+    budget.look_ahead(0.05)
+    assert not calls
+
+
+def test_of_the_memory_for_data_three_quarters_are_left_to_a_fast_writer() -> None:
+    budget = Budget(LIMIT * PAGE)
+    budget.attach(lambda: None)
+    budget.set_overhead(LIMIT // 2)
+    budget.take(4000)
+    budget.look_ahead(0.001)
+    assert budget.ahead_pages == LIMIT // 8
+
+
+def test_a_lowered_limit_and_a_process_that_grows_are_no_pace() -> None:
+    budget = Budget(LIMIT * PAGE)
+    budget.attach(lambda: None)
+    budget.take(1000)
+    for _ in range(20):
+        budget.look_ahead(0.05)
+    budget.set_limit(LIMIT // 2 * PAGE)
+    budget.set_overhead(1000)
+    budget.look_ahead(0.05)
+    assert budget.ahead_pages == 0

@@ -417,6 +417,17 @@ async def test_no_more_is_taken_from_those_who_read_than_is_wanted(device: Devic
         assert 0 < reclaimer.counters.dropped_clean <= 1 + wanted * PAGE // CLUSTER + BATCH
 
 
+async def test_a_fast_writer_finds_reclaim_at_work_before_memory_is_short(device: Device) -> None:
+    async with reclaiming(device) as reclaimer:
+        for cluster in range(COUNT):
+            await write(device, cluster, text(cluster))
+            assert device.budget.free_pages >= device.budget.wake_below
+            await asyncio.sleep(0.01)
+            if reclaimer.counters.compressed:
+                return
+    pytest.fail("nothing was compressed")
+
+
 def test_a_verdict_is_believed_longer_each_time_until_it_is_lifted(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr("nbdram.memory.verdict.time.monotonic", lambda: now)
