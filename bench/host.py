@@ -21,6 +21,12 @@ _VERSION_COMMANDS: Final = {
     "fio": ["fio", "--version"],
 }
 
+# What decides how dear a virtual machine's idle CPUs and new pages are, where there is such a thing.
+_GUEST_SETTINGS: Final = (
+    "/sys/module/haltpoll/parameters/guest_halt_poll_ns",
+    "/sys/module/page_reporting/parameters/page_reporting_order",
+)
+
 
 def facts(programs: Iterable[str]) -> dict[str, str]:
     """The head of a report: machine, date, versions of `programs`."""
@@ -31,6 +37,8 @@ def facts(programs: Iterable[str]) -> dict[str, str]:
         "kernel": os.uname().release,
         "python": f"{platform.python_version()}, uvloop {_package_version('uvloop')}",
     }
+    if guest := [f"{path.name} {path.read_text().strip()}" for path in map(Path, _GUEST_SETTINGS) if path.exists()]:
+        found["guest"] = ", ".join(guest)
     for program in (*programs, "fio"):
         found[program] = _program_version(program)
     return found

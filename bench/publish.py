@@ -24,8 +24,9 @@ _SECTIONS: Final[Mapping[str, tuple[str, Callable[[Options], Found]]]] = {
 _INTRODUCTION: Final = """\
 # Benchmarks
 
-Written by `make report`, which runs all of this side by side, in interleaved rounds, and takes
-medians. Ratios compare rounds of the same run: they tell more than the figures themselves, which are of this machine:
+Written by `make report`, which runs what is in a table side by side, in interleaved rounds, and takes
+medians. Ratios compare rounds of the same run: they tell more than the figures themselves, which are of
+the machine that each section begins with.
 
 """
 
@@ -39,22 +40,22 @@ def run(options: Options) -> Found:
     everything = replace(options, only="")
     texts: dict[str, str] = {}
     found: dict[str, object] = {}
+    facts = report.heading(host.facts([serving.OURS, *options.peers]))
     for name, (title, section) in _SECTIONS.items():
         if re.search(options.only, name, re.IGNORECASE):
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed):
                 found[name] = section(everything)
-            texts[title] = f"\n```\n{printed.getvalue().strip()}\n```\n"
+            texts[title] = f"\n```\n{facts}\n\n{printed.getvalue().strip()}\n```\n"
         elif title in kept:
             texts[title] = kept[title]
     if re.search(options.only, "curves", re.IGNORECASE):
         drawn = curves.curves(everything)
-        texts["Curves"] = "".join(_section(curve) for curve in drawn)
+        texts["Curves"] = f"\n```\n{facts}\n```\n" + "".join(_section(curve) for curve in drawn)
     elif "Curves" in kept:
         texts["Curves"] = kept["Curves"]
-    facts = report.heading(host.facts([serving.OURS, *options.peers]))
     parts = [f"## {title}\n{text}" for title, text in texts.items()]
-    path.write_text(_INTRODUCTION + f"```\n{facts}\n```\n\n" + "\n".join(parts))
+    path.write_text(_INTRODUCTION + "\n".join(parts))
     print(f"wrote {path}")
     return found
 
