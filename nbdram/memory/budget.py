@@ -101,6 +101,8 @@ class Budget:
         """Called again and again, last so many seconds ago: reclaim starts now if memory is going fast."""
         pages = self.used_pages - self.overhead_pages
         self._pace = max(0.0, (self._pace + (pages - self._seen_pages) / elapsed_s) / 2)
+        if self.free_pages < self.wake_below:  # reclaim is at it, and writers go at its pace
+            self._pace = 0.0
         self._seen_pages = pages
         usable = max(0, self.limit_pages - self.overhead_pages)
         self.ahead_pages = int(min(self._pace * _AHEAD_S, usable * _AHEAD_SHARE))

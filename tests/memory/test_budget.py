@@ -205,3 +205,14 @@ def test_a_lowered_limit_and_a_process_that_grows_are_no_pace() -> None:
     budget.set_overhead(1000)
     budget.look_ahead(0.05)
     assert budget.ahead_pages == 0
+
+
+def test_nothing_is_expected_of_writers_that_wait_for_reclaim_already() -> None:
+    budget = Budget(LIMIT * PAGE)
+    budget.attach(lambda: None)
+    budget.take(budget.free_pages - budget.wake_below)
+    budget.look_ahead(0.05)
+    assert budget.ahead_pages == LIMIT // 4
+    budget.take(1)
+    budget.look_ahead(0.05)
+    assert budget.goal_pages == budget.stop_above
