@@ -91,7 +91,7 @@ class Budget:
             self._measure()
 
     def _mark(self) -> None:
-        usable = max(0, self.limit_pages - self.overhead_pages)
+        usable = self.data_pages
         self.reserve_pages = min(_RESERVE_PAGES, usable // 16) if self.reclaim else 0
         start = max(int(usable * _START_SHARE), min(_START_PAGES, int(usable * _MOST_SHARE)))
         self.wake_below = start + self.reserve_pages
@@ -104,8 +104,7 @@ class Budget:
         if self.free_pages < self.wake_below:  # reclaim is at it, and writers go at its pace
             self._pace = 0.0
         self._seen_pages = pages
-        usable = max(0, self.limit_pages - self.overhead_pages)
-        self.ahead_pages = int(min(self._pace * _AHEAD_S, usable * _AHEAD_SHARE))
+        self.ahead_pages = int(min(self._pace * _AHEAD_S, self.data_pages * _AHEAD_SHARE))
         if self.reclaim and self.ahead_pages and self.free_pages < self.wake_below + self.ahead_pages:
             self.reclaim()
 
@@ -115,6 +114,11 @@ class Budget:
         self._measure = measure
         self._seen_pages = self.used_pages - self.overhead_pages
         self._mark()
+
+    @property
+    def data_pages(self) -> int:
+        """What there is for data: all but what the process itself takes."""
+        return max(0, self.limit_pages - self.overhead_pages)
 
     @property
     def goal_pages(self) -> int:

@@ -141,7 +141,7 @@ class Reclaimer:
             await self._packers.stop()
 
     async def _watch(self) -> None:
-        """What the process itself takes counts too."""
+        """What the process itself takes counts too; and how fast memory is going."""
         free, at = self._budget.free_pages, time.monotonic()
         pause_s = _MEASURE_S
         while True:
@@ -278,7 +278,7 @@ class Reclaimer:
 
     @property
     def _memory_for_data(self) -> int:
-        return (self._budget.limit_pages - self._budget.overhead_pages) * PAGE
+        return self._budget.data_pages * PAGE
 
     def _is_receiving(self) -> bool:
         """Whether there is a large WRITE that goes on without more memory: what it has written is ours afterwards."""
@@ -290,8 +290,7 @@ class Reclaimer:
     def _images_above_share(self) -> bool:
         devices = self._devices()
         images = sum(device.cold_pages for device in devices if device.far_tiers())
-        usable = self._budget.limit_pages - self._budget.overhead_pages
-        return images > usable * _IMAGE_SHARE
+        return images > self._budget.data_pages * _IMAGE_SHARE
 
     def _pick(self, *, images: bool) -> tuple[list[_Job], bool]:
         """The next victims that need a worker (the others are dealt with), and whether the hand came round."""
