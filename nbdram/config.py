@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 from nbdram.access import OPEN, RULE_OPTIONS, Rules, take_rule
 from nbdram.errors import UsageError
@@ -27,6 +27,7 @@ MIN_MEMORY: Final = 32 << 20
 _LEAST_SWAP: Final = 1 << 20
 
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50}
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _SIZE = re.compile(r"(\d{1,20})\s*([KMGTP]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
 
 
@@ -291,18 +292,17 @@ def parse_nbd_uri(text: str) -> tuple[Endpoint, str]:
 
     With TLS, `nbds://` and `nbds+unix://`, and of their options tls-certificates=DIR and tls-hostname=NAME.
     """
+    if _CONTROL.search(text):  # urlsplit would leave some of them out
+        raise UsageError(f"{text!r} is not an NBD URI: write control characters as % and two digits")
     try:
         parts = urlsplit(text)
         port = parts.port
     except ValueError:
         raise UsageError(f"{text!r} is not an NBD URI: the port is 0 to 65535, an IPv6 address in brackets") from None
-    name = unquote(parts.path.removeprefix("/"), errors="surrogateescape")
+    name = _unquote(parts.path.removeprefix("/"))
     if not _is_utf8(name):
         raise UsageError(f"{text!r} names an export that is not in UTF-8")
-    options = {
-        key: unquote(value, errors="surrogateescape")
-        for key, _, value in (pair.partition("=") for pair in parts.query.split("&"))
-    }
+    options = {key: _unquote(value) for key, _, value in (pair.partition("=") for pair in parts.query.split("&"))}
     tls = None
     if parts.scheme.startswith("nbds"):
         directory = options.get("tls-certificates")
@@ -315,6 +315,11 @@ def parse_nbd_uri(text: str) -> tuple[Endpoint, str]:
     if parts.scheme in ("nbd", "nbds") and parts.hostname:
         return Endpoint(host=parts.hostname, port=DEFAULT_PORT if port is None else port, tls=tls), name
     raise UsageError(f"{text!r} is not an NBD URI: write nbd://HOST/NAME or nbd+unix:///NAME?socket=PATH")
+
+
+def _unquote(text: str) -> str:
+    """With the bytes that are written as %XX, as Python names a file: one text for the same bytes, however written."""
+    return os.fsdecode(unquote_to_bytes(os.fsencode(text)))
 
 
 def _is_utf8(text: str) -> bool:

@@ -228,6 +228,21 @@ def test_a_socket_may_have_any_name_and_an_export_one_in_utf_8() -> None:
             parse_nbd_uri(f"nbd://localhost/{name}")
 
 
+@pytest.mark.parametrize(("written", "raw"), [("%D1%8A", b"\xd1\x8a"), ("\udcd1%8A%91", b"\xd1\x8a\x91")])
+def test_a_socket_is_known_by_its_bytes_however_they_are_written(written: str, raw: bytes) -> None:
+    endpoint, name = parse_nbd_uri(f"nbd+unix:///a?socket=/{written}")
+    assert endpoint.path == os.fsdecode(b"/" + raw)
+    assert parse_nbd_uri(endpoint.uri(name)) == (endpoint, name)
+
+
+@pytest.mark.parametrize("character", ["\t", "\r", "\n", "\0", "\x7f"])
+def test_a_control_character_in_a_uri_is_not_left_out(character: str) -> None:
+    with pytest.raises(UsageError, match="write control characters as % and two digits"):
+        parse_nbd_uri(f"nbd+unix:///a?socket=/b{character}c")
+    endpoint, _ = parse_nbd_uri(f"nbd+unix:///a?socket=/b%{ord(character):02x}c")
+    assert endpoint.path == f"/b{character}c"
+
+
 def test_uris_of_other_hands_are_understood() -> None:
     assert parse_nbd_uri("nbd://localhost") == (Endpoint(host="localhost"), "")
     assert parse_nbd_uri("nbd+unix:///?socket=/tmp/a+b") == (Endpoint(path="/tmp/a+b"), "")
