@@ -1,6 +1,7 @@
 """A connection that is alone takes more requests right from its socket: nothing is lost, mixed up or left waiting."""
 
 import asyncio
+import itertools
 import os
 import select
 from pathlib import Path
@@ -122,3 +123,29 @@ async def test_two_clients_take_turns(tmp_path: Path, mode: ReplyMode, monkeypat
         for _ in range(40):
             await one.read(0, 512)
         assert lingered
+
+
+async def test_others_have_their_turn_after_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a client that writes without a pause the loop itself would take 32 times as much, and wait as often."""
+    monkeypatch.setattr(connection, "_LINGER_S", 0.0)
+    happened: list[str] = []
+    linger = Connection._linger
+
+    def spy(self: Connection) -> None:
+        happened.append("lingered")
+        linger(self)
+
+    async def others() -> None:
+        while True:
+            happened.append("others")
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(Connection, "_linger", spy)
+    async with served(tmp_path) as server, await server.entered() as client:
+        writes = [client.request(Command.WRITE, 0, payload=b"w" * DIRECT_BYTES) for _ in range(200)]
+        turns = asyncio.create_task(others())
+        await asyncio.to_thread(send_all, client.writer.get_extra_info("socket").fileno(), b"".join(writes))
+        assert len(await client.replies(200)) == 200
+        turns.cancel()
+    assert happened.count("lingered") > 50
+    assert all("others" in pair for pair in itertools.pairwise(happened))
