@@ -8,13 +8,14 @@ from bench import report
 
 @dataclass(frozen=True)
 class Check:
-    """At most `limit` of something, in `unit`."""
+    """At most `limit` of something, in `unit`. `floor` is what the machine made of it with nothing of ours."""
 
     what: str
     value: float
     limit: float
     unit: str = ""
     strictly: bool = False  # below the limit, not at it
+    floor: float | None = None
 
     @property
     def is_met(self) -> bool:
@@ -24,8 +25,12 @@ class Check:
 def table(title: str, checks: Sequence[Check]) -> str:
     rows = []
     for check in checks:
-        value = f"{check.value:.3g}" if check.value < 100 else f"{check.value:.0f}"
         sign = "<" if check.strictly else "<="
         met = "yes" if check.is_met else "no"
-        rows.append([check.what, value, f"{sign}{check.limit:g}", check.unit, met])
-    return report.table(title, ["what", "value", "target", "unit", "met"], rows)
+        floor = "-" if check.floor is None else _figure(check.floor)
+        rows.append([check.what, _figure(check.value), f"{sign}{check.limit:g}", check.unit, met, floor])
+    return report.table(title, ["what", "value", "target", "unit", "met", "floor"], rows)
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
