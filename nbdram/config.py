@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import quote, unquote_to_bytes, urlsplit
+from urllib.parse import SplitResult, quote, unquote_to_bytes, urlsplit
 
 from nbdram.access import OPEN, RULE_OPTIONS, Rules, take_rule
 from nbdram.errors import UsageError
@@ -263,7 +263,7 @@ def parse_listen(text: str) -> Endpoint:
         return Endpoint(path=path)
     if text.startswith("tcp://"):
         try:
-            parts = urlsplit(text)
+            parts = split_uri(text)
             host, port = parts.hostname, parts.port
         except ValueError as error:
             raise UsageError(f"--listen {text!r}: {_LISTEN_FORMS}") from error
@@ -278,7 +278,7 @@ def parse_metrics(text: str) -> Endpoint | None:
     if text == "off":
         return None
     try:
-        parts = urlsplit(f"//{text}")
+        parts = split_uri(f"//{text}")
         host, port = parts.hostname, parts.port
     except ValueError:
         host = port = None
@@ -292,13 +292,12 @@ def parse_nbd_uri(text: str) -> tuple[Endpoint, str]:
 
     With TLS, `nbds://` and `nbds+unix://`, and of their options tls-certificates=DIR and tls-hostname=NAME.
     """
-    if _CONTROL.search(text):  # urlsplit would leave some of them out
-        raise UsageError(f"{text!r} is not an NBD URI: write control characters as % and two digits")
     try:
-        parts = urlsplit(text)
+        parts = split_uri(text)
         port = parts.port
     except ValueError:
-        raise UsageError(f"{text!r} is not an NBD URI: the port is 0 to 65535, an IPv6 address in brackets") from None
+        forms = "the port is 0 to 65535, an IPv6 address in brackets, a control character % and two digits"
+        raise UsageError(f"{text!r} is not an NBD URI: {forms}") from None
     name = _unquote(parts.path.removeprefix("/"))
     if not _is_utf8(name):
         raise UsageError(f"{text!r} names an export that is not in UTF-8")
@@ -315,6 +314,13 @@ def parse_nbd_uri(text: str) -> tuple[Endpoint, str]:
     if parts.scheme in ("nbd", "nbds") and parts.hostname:
         return Endpoint(host=parts.hostname, port=DEFAULT_PORT if port is None else port, tls=tls), name
     raise UsageError(f"{text!r} is not an NBD URI: write nbd://HOST/NAME or nbd+unix:///NAME?socket=PATH")
+
+
+def split_uri(text: str) -> SplitResult:
+    """The parts of a URI; ValueError if it has control characters, of which `urlsplit` would leave some out."""
+    if _CONTROL.search(text):
+        raise ValueError("write control characters as % and two digits")
+    return urlsplit(text)
 
 
 def _unquote(text: str) -> str:

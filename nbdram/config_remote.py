@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
-from urllib.parse import SplitResult, parse_qsl, urlsplit
+from urllib.parse import SplitResult, parse_qsl
 
-from nbdram.config import SwapSettings, parse_swap_size
+from nbdram.config import SwapSettings, parse_swap_size, split_uri
 from nbdram.errors import UsageError
 from nbdram.memory.tiers.remote_settings import Address, RemoteSettings
 
@@ -39,7 +39,7 @@ def parse_remote(text: str, where: str = "--swap") -> RemoteSettings:
     """From redis[s]://HOST[:PORT][,HOST[:PORT]...][/?OPTION=VALUE&...]."""
     shown = text.rpartition("@")[2] if "@" in text else text
     try:
-        parts = urlsplit(text)
+        parts = split_uri(text)
         if parts.scheme not in ("redis", "rediss"):
             raise UsageError(_FORM)
         if "@" in parts.netloc:
@@ -56,7 +56,7 @@ def parse_remote(text: str, where: str = "--swap") -> RemoteSettings:
 
 
 def _address(text: str) -> Address:
-    parts = urlsplit(f"//{text}")
+    parts = split_uri(f"//{text}")
     if not parts.hostname:
         raise UsageError(_FORM)
     try:

@@ -16,6 +16,7 @@ from nbdram.config import (
     default_listen,
     format_size,
     parse_listen,
+    parse_metrics,
     parse_nbd_uri,
     parse_size,
     runtime_directory,
@@ -237,8 +238,11 @@ def test_a_socket_is_known_by_its_bytes_however_they_are_written(written: str, r
 
 @pytest.mark.parametrize("character", ["\t", "\r", "\n", "\0", "\x7f"])
 def test_a_control_character_in_a_uri_is_not_left_out(character: str) -> None:
-    with pytest.raises(UsageError, match="write control characters as % and two digits"):
+    with pytest.raises(UsageError, match="a control character % and two digits"):
         parse_nbd_uri(f"nbd+unix:///a?socket=/b{character}c")
+    for parse, address in ((parse_listen, "tcp://127.0.0.1{}:1"), (parse_metrics, "127.0.0.1:981{}0")):
+        with pytest.raises(UsageError, match="write"):
+            parse(address.format(character))
     endpoint, _ = parse_nbd_uri(f"nbd+unix:///a?socket=/b%{ord(character):02x}c")
     assert endpoint.path == f"/b{character}c"
 

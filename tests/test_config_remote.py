@@ -58,6 +58,7 @@ def test_user_and_password_come_from_the_environment_or_a_file(tmp_path: Path, m
         ("redis://cache/?replicas=-1", "replicas must be a whole number, at most 10"),
         ("redis://cache/?wait=1h", "wait must be a whole number, at most 600"),
         ("redis://cache/?ca=x", "ca, cert and key are for rediss://"),
+        ("rediss://cache/?ca=/a\tb", "write control characters as % and two digits"),
         ("redis://cache/?max", "write options as in ?max=1G&replicas=1"),
     ],
 )

@@ -81,9 +81,8 @@ _LINGER_S: Final = 0.001
 _SPIN_S: Final = 40e-6
 _ALONE_BATCHES: Final = 32  # so many in a row from one connection make it the only one
 _UNWATCHED_FROM: Final = 4  # batches, from which on the event loop need not hear of it meanwhile
-# After so much from one client, or when we have waited for it that long, the others have their turn: the event loop
-# itself would take 32 times what the socket holds, which is 4 ms of a client that writes as fast as it can, and longer
-# with what comes while we wait.
+# After so much from one client, or _LINGER_S for it, the others have their turn: the event loop itself would take 32
+# times what the socket holds, which is 4 ms of a client that writes as fast as it can, and linger as often.
 _BURST_BYTES: Final = 256 * 1024
 _LAST_LOOK_S: Final = 0.01  # when the server stops, at what a stalled client has sent meanwhile
 # Replies to large WRITEs wait until so many are there, or nothing more has come in.
