@@ -23,10 +23,12 @@ _STOP_SHARE = 0.02
 _START_PAGES = 1024
 _MOST_SHARE = 0.10
 # It starts earlier where memory would be short after this time at the pace of late: so that what a fast writer leaves
-# of the processor is put to use, and the processes that compress are there in time. Of the memory for data, at most
-# so much is made free for that: what has been written when a writer stops should not be cold already.
-_AHEAD_S = 0.2
-_AHEAD_SHARE = 0.25
+# of the processor is put to use. Of the memory for data, at most so much is made free for that: what has been written
+# when a writer stops should not be cold already.
+_AHEAD_S = 0.5
+_AHEAD_SHARE = 0.5
+# The processes that compress take a tenth of a second to start: they are called for where it would be short after this.
+_SOON_S = 1.0
 # What writers leave for reclaim itself: images are stored before the pages that they replace are given back.
 _RESERVE_PAGES = 1024
 # When the process may have taken so much since it was measured last, for replies and images, it is measured again.
@@ -53,6 +55,7 @@ class Budget:
         self.wake_below = 0
         self.stop_above = 0
         self.ahead_pages = 0
+        self.is_soon_short = False
         self._pace = 0.0  # pages that data take more, each second
         self._seen_pages = 0
         self.reclaim: Callable[[], None] | None = None
@@ -105,6 +108,7 @@ class Budget:
             self._pace = 0.0
         self._seen_pages = pages
         self.ahead_pages = int(min(self._pace * _AHEAD_S, self.data_pages * _AHEAD_SHARE))
+        self.is_soon_short = 0 <= self.free_pages - self.wake_below < self._pace * _SOON_S
         if self.reclaim and self.ahead_pages and self.free_pages < self.wake_below + self.ahead_pages:
             self.reclaim()
 

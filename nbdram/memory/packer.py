@@ -4,8 +4,9 @@ With a thread each call of the compressor, and there are a dozen for a cluster, 
 All state is in files and words, so that a process needs to know nothing but what each batch tells (`packing.py`), and
 for images that go to a remote, its own connections to the nodes.
 
-One costs about 5 MiB, twice that with a remote, which count as the server's. The first is started when there is
-something to compress, others when those that there are can't keep up, and they end when they have nothing to do.
+One costs about 5 MiB, twice that with a remote, which count as the server's. All are started when memory is going so
+fast that there will soon be something to compress; else the first when there is, others when those that there are
+can't keep up. They end when they have nothing to do.
 They go last, so that they take nothing from who serves. Until there is one, when there can be none, when it was lost,
 and when others leave it no time, threads do its work.
 """
@@ -106,6 +107,13 @@ class Packers:
             if best.batches < _ENOUGH:
                 break
         return best
+
+    def call_another(self, memory: int) -> None:
+        """Start the next process: it will be wanted soon."""
+        for packer in self._allowed(memory):
+            if not packer.pid:
+                packer.start()
+                return
 
     def _allowed(self, memory: int) -> "list[Packer]":
         return self._all[: max(0, memory // _MEMORY_EACH)]

@@ -152,6 +152,8 @@ class Reclaimer:
             self._budget.look_ahead(at - before)
             if self._packers:
                 await self._packers.end_idle()
+                if self._budget.is_soon_short:
+                    self._packers.call_another(self._memory_for_data)
                 self._connect(self._packers)
 
     def _connect(self, packers: Packers) -> None:

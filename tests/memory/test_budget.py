@@ -175,7 +175,7 @@ def test_reclaim_starts_early_while_memory_goes_fast() -> None:
         assert bool(calls) == (budget.free_pages < budget.wake_below + budget.ahead_pages)
     assert calls
     assert min(calls) >= budget.wake_below
-    assert 1900 < budget.ahead_pages <= 2000  # a fifth of what a second takes
+    assert 4900 < budget.ahead_pages <= 5000  # half of what a second takes
     assert budget.goal_pages == usual + budget.ahead_pages
     calls.clear()
     for _ in range(20):
@@ -186,13 +186,33 @@ def test_reclaim_starts_early_while_memory_goes_fast() -> None:
     assert not calls
 
 
-def test_of_the_memory_for_data_three_quarters_are_left_to_a_fast_writer() -> None:
+def test_it_is_said_before_that_memory_will_be_short_soon() -> None:
+    budget = Budget(LIMIT * PAGE)
+    budget.attach(lambda: None)
+    said = []
+    while budget.free_pages > budget.wake_below:
+        budget.take(min(500, budget.free_pages - budget.wake_below))
+        budget.look_ahead(0.05)
+        if budget.is_soon_short:
+            said.append(budget.free_pages - budget.wake_below)
+    assert 9000 < said[0] < 10000  # what a second takes
+    assert len(said) == -(-said[0] // 500) + 1, "once said, it stays so"
+    budget.take(1)
+    budget.look_ahead(0.05)
+    assert not budget.is_soon_short, "it is short already"
+    budget.give(LIMIT)
+    for _ in range(40):
+        budget.look_ahead(0.05)
+    assert not budget.is_soon_short
+
+
+def test_of_the_memory_for_data_half_is_left_to_a_fast_writer() -> None:
     budget = Budget(LIMIT * PAGE)
     budget.attach(lambda: None)
     budget.set_overhead(LIMIT // 2)
     budget.take(4000)
     budget.look_ahead(0.001)
-    assert budget.ahead_pages == LIMIT // 8
+    assert budget.ahead_pages == LIMIT // 4
 
 
 def test_a_lowered_limit_and_a_process_that_grows_are_no_pace() -> None:
@@ -212,7 +232,7 @@ def test_nothing_is_expected_of_writers_that_wait_for_reclaim_already() -> None:
     budget.attach(lambda: None)
     budget.take(budget.free_pages - budget.wake_below)
     budget.look_ahead(0.05)
-    assert budget.ahead_pages == LIMIT // 4
+    assert budget.ahead_pages == LIMIT // 2
     budget.take(1)
     budget.look_ahead(0.05)
     assert budget.goal_pages == budget.stop_above

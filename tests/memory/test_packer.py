@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdram.memory import budget as budget_module
 from nbdram.memory import packer as packer_module
 from nbdram.memory import packing
 from nbdram.memory.budget import Budget
@@ -227,6 +228,23 @@ async def test_a_second_process_comes_when_one_can_t_keep_up_and_both_go_when_no
         for cluster in range(COUNT):
             assert device.read(cluster * CLUSTER, CLUSTER) == text(cluster, 100)
         assert device.cold_pages * PAGE == device.ram.allocated_bytes()
+
+
+async def test_all_that_there_may_be_come_when_memory_will_be_short_soon(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packer_module, "_MEMORY_EACH", LIMIT * 2 // 5)
+    monkeypatch.setattr(budget_module, "_AHEAD_S", 0.0)  # reclaim itself has nothing to do yet
+    async with reclaiming(device, most=3) as packers:
+        first, second, third = packers
+        await asyncio.sleep(0.6)
+        assert first.pid is None, "nobody writes"
+        for cluster in range(COUNT * 2 // 5):
+            device.write(cluster * CLUSTER, text(cluster))
+        await eventually(lambda: first.is_ready and second.is_ready)
+        assert third.pid is None, "there is no memory for it"
+        assert not device.cold_clusters
+        assert not device.reclaiming
 
 
 @pytest.mark.parametrize(
