@@ -203,6 +203,7 @@ async def test_a_second_process_comes_when_one_can_t_keep_up_and_both_go_when_no
     device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packer_module, "_MEMORY_EACH", LIMIT * 2 // 5)
+    monkeypatch.setattr(budget_module, "_SOON_S", 0.0)  # no other reason calls for it
     async with reclaiming(device, most=3) as packers:
         first, second, third = packers
         await fill(device, 0)
