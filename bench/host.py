@@ -21,11 +21,12 @@ _VERSION_COMMANDS: Final = {
     "fio": ["fio", "--version"],
 }
 
-# What decides how dear a virtual machine's idle CPUs and new pages are, where there is such a thing.
-_GUEST_SETTINGS: Final = (
-    "/sys/module/haltpoll/parameters/guest_halt_poll_ns",
-    "/sys/module/page_reporting/parameters/page_reporting_order",
-)
+# What decides how dear a virtual machine's idle CPUs, and new pages are, where there is such a thing.
+_SETTINGS: Final = {
+    "guest_halt_poll_ns": "/sys/module/haltpoll/parameters/guest_halt_poll_ns",
+    "page_reporting_order": "/sys/module/page_reporting/parameters/page_reporting_order",
+    "64kB folios": "/sys/kernel/mm/transparent_hugepage/hugepages-64kB/shmem_enabled",
+}
 
 
 def facts(programs: Iterable[str]) -> dict[str, str]:
@@ -37,11 +38,18 @@ def facts(programs: Iterable[str]) -> dict[str, str]:
         "kernel": os.uname().release,
         "python": f"{platform.python_version()}, uvloop {_package_version('uvloop')}",
     }
-    if guest := [f"{path.name} {path.read_text().strip()}" for path in map(Path, _GUEST_SETTINGS) if path.exists()]:
-        found["guest"] = ", ".join(guest)
+    if chosen := [f"{name} {_choice(path)}" for name, path in _SETTINGS.items() if os.path.exists(path)]:
+        found["settings"] = ", ".join(chosen)
     for program in (*programs, "fio"):
         found[program] = _program_version(program)
     return found
+
+
+def _choice(path: str) -> str:
+    """What a setting of the kernel's is; of several words, the one in brackets is chosen."""
+    text = Path(path).read_text().strip()
+    chosen = re.search(r"\[(.*)\]", text)
+    return chosen[1] if chosen else text
 
 
 def _cpu_model() -> str:

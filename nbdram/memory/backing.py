@@ -4,10 +4,15 @@ The kernel's memory files are the allocator. A mapped page that nobody wrote cos
 makes the kernel allocate exactly the page it touches, and MADV_REMOVE gives it back.
 
 `index` and `references` are mapped for the largest device there can be (8 and 1 GiB of addresses), so that a device
-that grows keeps them. `hot` is mapped as large as the device; when that grows, a second map of the same file takes
+that grows keeps them. `hot` is mapped as large as the device; when that grows, another map of the same file takes
 its place, and the first one stays for as long as anybody holds a view of it.
+
+Where the kernel may keep shared memory in folios of the size of a cluster, `hot` is mapped twice: by the second map, a
+hole of a whole cluster is filled by one fault, and compressed and punched in one piece, for a half to a third of what
+sixteen pages take. By the first, a page is a page.
 """
 
+import ctypes
 import errno
 import mmap
 import os
@@ -43,7 +48,7 @@ class Backing:
 
     `hot` is an identity map of the device, `index` one word per cluster, both shared memory files.
     `references` is private anonymous memory: reading what was never written there costs nothing. `cold_fd` is
-    read through maps of the RAM tier's own.
+    read through maps of the RAM tier's own. `folios`, if there is one, is the second map of `hot`.
     """
 
     def __init__(self, size: int, open_file: OpenFile) -> None:
@@ -62,6 +67,7 @@ class Backing:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
             self.references = mmap.mmap(-1, _REFERENCES_BYTES, flags=flags)
             no_huge_pages(self.references)
+            self.folios = _map_folios(self.hot_fd, len(self.hot))
         except BaseException:
             for area in areas:
                 area.close()
@@ -76,12 +82,14 @@ class Backing:
                 if os.fstat(fd).st_size < length:
                     os.ftruncate(fd, length)
             self.hot = _map(self.hot_fd, clusters * CLUSTER)
+            self.folios = _map_folios(self.hot_fd, len(self.hot))
         self.size, self.clusters = size, clusters
 
     def close(self) -> None:
         """Give everything back. The caller has released its memoryviews of the maps."""
-        for area in (self.hot, self.index, self.references):
-            area.close()
+        for area in (self.hot, self.index, self.references, self.folios):
+            if area:
+                area.close()
         self._close_files()
 
     def _close_files(self) -> None:
@@ -120,6 +128,54 @@ def _map(fd: int, length: int) -> mmap.mmap:
         raise
     no_huge_pages(area)
     return area
+
+
+def _map_folios(fd: int, length: int) -> mmap.mmap | None:
+    """A map by which what is written to an empty cluster takes a folio of 64 KiB; None if the kernel has that off.
+
+    It is off unless somebody has set `hugepages-64kB/shmem_enabled` (docs/tuning.md). The last cluster must be a hole:
+    a look at what one byte costs there tells. Files with names do without: their file system may be full, and a map
+    could not say so.
+
+    The kernel takes a folio only where it is aligned in memory as it is in the file. So the map begins at an odd
+    multiple of 64 KiB, and there are none of 128 KiB or 2 MiB, whatever else is set.
+    """
+    if os.fstat(fd).st_nlink:
+        return None
+    try:
+        area = _map_at_odd_multiple(fd, length)
+        area.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # no such place, or a kernel that does not know the advice
+        return None
+    before = allocated_bytes(fd)
+    area[length - CLUSTER] = 0
+    taken = allocated_bytes(fd) - before
+    area.madvise(mmap.MADV_REMOVE, length - CLUSTER, CLUSTER)
+    if taken == CLUSTER:
+        return area
+    area.close()
+    return None
+
+
+def _map_at_odd_multiple(fd: int, length: int) -> mmap.mmap:
+    """A map of a file, which is made longer for it, that begins at an odd multiple of CLUSTER; OSError if none does.
+
+    The kernel puts a map below others. One that is longer by the surplus ends where the first one did, and so begins
+    where we want it; or it does not fit there, and is put elsewhere.
+    """
+    for _ in range(4):
+        os.ftruncate(fd, max(os.fstat(fd).st_size, length))
+        area = mmap.mmap(fd, length)
+        surplus = (_address(area) - CLUSTER) % (2 * CLUSTER)
+        if not surplus:
+            return area
+        area.close()
+        length += surplus
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+
+def _address(area: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(area))
 
 
 def no_huge_pages(area: mmap.mmap) -> None:

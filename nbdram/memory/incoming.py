@@ -27,7 +27,7 @@ class Incoming:
     def __init__(self, device: "Device", offset: int, end: int, buffer: memoryview) -> None:
         self._device = device
         self._buffer = buffer
-        self._by_buffer = False
+        self._map: memoryview | None = None  # of the device, to receive into; None: by `buffer`
         self._offset = offset
         self._at = offset
         self._end = end
@@ -41,16 +41,22 @@ class Incoming:
         """Claim memory for the next window; ENOSPC or FarPage, if it must wait, and then nothing changed."""
         if self._device.is_whole(self._granted >> CLUSTER_SHIFT, ((self._end - 1) >> CLUSTER_SHIFT) + 1):
             self._granted = self._end
-            self._by_buffer = False
+            self._map = self._device.hot_view
             return
         end = min(self._end, -(-(self._granted + WINDOW_BYTES) // PAGE) * PAGE)
         self._device.fault_edges(self._granted, end)
         missing = self._device.missing_pages(self._granted, end)
         self._device.budget.take(missing)
         self._claimed += missing
-        self._by_buffer = 2 * missing * PAGE >= end - self._granted
+        self._map = self._map_for(self._granted, end, missing * PAGE)
         self._device.mark_changing(self._granted, end)
         self._granted = end
+
+    def _map_for(self, start: int, end: int, missing: int) -> memoryview | None:
+        """By which map to receive [start, end), `missing` bytes of which are in pages that are not resident."""
+        if 2 * missing < end - start:
+            return self._device.hot_view
+        return None if (start | end) & (CLUSTER - 1) else self._device.folio_view
 
     @property
     def is_held_up(self) -> bool:
@@ -60,7 +66,7 @@ class Incoming:
     @property
     def is_last(self) -> bool:
         """Whether `view` has room for all that is still to come."""
-        return self._granted == self._end and not (self._by_buffer and self._end - self._at > len(self._buffer))
+        return self._granted == self._end and (self._map is not None or self._end - self._at <= len(self._buffer))
 
     @property
     def remaining(self) -> tuple[int, int]:
@@ -80,24 +86,29 @@ class Incoming:
     def covers(self, cluster: int) -> bool:
         return self._marked >> CLUSTER_SHIFT <= cluster <= (self._granted - 1) >> CLUSTER_SHIFT
 
+    def punched(self, start: int, end: int) -> None:
+        """[start, end) has been given back: clusters there come page by page now, for what we pay for is not all."""
+        if self._map is not None and start < self._granted and end > self._at & ~(CLUSTER - 1):
+            self._map = self._device.hot_view
+
     def view(self) -> memoryview:
         """Where the next bytes of the payload belong."""
-        if self._by_buffer:
+        if self._map is None:
             return self._buffer[: self._granted - self._at]
-        return self._device.hot_view[self._at : self._granted]
+        return self._map[self._at : self._granted]
 
     def received(self, length: int) -> bool:
         """`length` more bytes are in `view`; True when that was all. OSError if there is no room for them."""
-        if self._by_buffer:
+        if self._map is None:
             self._device.put(self._at, self._buffer[:length])
         return self._advance(length)
 
     def write(self, data: memoryview) -> bool:
         """As `received`, of bytes that are elsewhere; they must not be more than `view` has room for."""
-        if self._by_buffer:
+        if self._map is None:
             self._device.put(self._at, data)
         else:
-            self._device.hot_view[self._at : self._at + len(data)] = data
+            self._map[self._at : self._at + len(data)] = data
         return self._advance(len(data))
 
     def _advance(self, length: int) -> bool:
@@ -124,19 +135,19 @@ class Incoming:
 
     def _drop_zeros(self, start: int, end: int) -> None:
         """Whole clusters of zeros become holes at once: the inode tables of a new ext4 come as written zeros."""
-        hot, hot_fd = self._device.hot, self._device.backing.hot_fd
+        hot, seen, hot_fd = self._device.hot, self._map, self._device.backing.hot_fd
         for base in range(-(-start // CLUSTER) * CLUSTER, end - CLUSTER + 1, CLUSTER):
             # What was written through the file would have to be mapped first.
-            head = os.pread(hot_fd, 8, base) if self._by_buffer else hot[base : base + 8]
+            head = os.pread(hot_fd, 8, base) if seen is None else seen[base : base + 8]
             if head == _ZEROS[:8] and hot[base : base + CLUSTER] == _ZEROS:
                 self._device.clear(base >> CLUSTER_SHIFT)
 
     def abandon(self) -> None:
         """The rest will never come: keep what arrived in whole pages, leave no stray bytes."""
-        unmarked = self.unmarked()
+        is_begun = self.unmarked() is not None
         self._finish()
-        if unmarked:
-            self._device.release_unmarked(self._page)
+        if self._at & (CLUSTER - 1):
+            self._device.release_unmarked(self._page, is_begun)
 
     def _finish(self) -> None:
         self._device.incoming.discard(self)

@@ -7,7 +7,7 @@ Invariants, which the hot loop of `server/connection.py` keeps too:
 2. A cluster's reference byte is non-zero if and only if its word is.
 3. A write's bytes are in `hot` before its bits are in the word, and only then is it acknowledged. A page whose bit
    is clear is zero in `hot` (not allocated), but for the one page that each write in progress is being received
-   into (`Incoming`), which then holds what has arrived of it.
+   into (`Incoming`), which then holds what has arrived of it; the rest of its cluster may be allocated with it.
 4. The dirty bit is set with the resident bit whenever `hot` differs from the cold image.
 5. The cold image that the word points at is never overwritten in place: a new image goes to the other slot, then
    the word changes in one store, then the old slot is dropped. Fault order: bytes to `hot`, then the word.
@@ -126,6 +126,7 @@ class Space:
         self.remote_first = False  # what leaves RAM goes to the remote, and on to disk
         self.hot = self.backing.hot
         self.hot_view = memoryview(self.hot)
+        self.folio_view = self._view_folios()
         self.words = memoryview(self.backing.index).cast("Q")
         self.references = self.backing.references
         self.resident_pages = 0
@@ -146,6 +147,8 @@ class Space:
     def close(self) -> None:
         """Give all memory back; nobody may hold a view of `hot` any more."""
         self.hot_view.release()
+        if self.folio_view:
+            self.folio_view.release()
         self.words.release()
         self.ram.close()
         self.backing.close()
@@ -162,7 +165,11 @@ class Space:
         if self.hot is not self.backing.hot:
             self.hot = self.backing.hot
             self.hot_view = memoryview(self.hot)
+            self.folio_view = self._view_folios()
         self.size = size
+
+    def _view_folios(self) -> memoryview | None:
+        return memoryview(self.backing.folios) if self.backing.folios else None
 
     def last_cluster(self) -> int:
         """The last cluster that is allocated, -1 if none is."""
@@ -340,15 +347,22 @@ class Space:
         """Store bytes, one part behind the other, in `hot` where most pages are new.
 
         That is done through the file, which takes half the time: by way of the map, each page would be zeroed first.
-        ENOSPC if the file system of the files is full; invariant 3 holds then too.
+        Whole clusters have a map of their own where there can be one. ENOSPC if the file system of the files is full;
+        invariant 3 holds then too.
         """
+        length = sum(map(len, parts))
+        if self.folio_view and not (offset | length) & (CLUSTER - 1):
+            for part in parts:
+                self.folio_view[offset : offset + len(part)] = part
+                offset += len(part)
+            return
         try:
             done = os.pwritev(self.backing.hot_fd, parts, offset)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
             done = 0
-        if done != sum(map(len, parts)):
+        if done != length:
             for page in range(offset & ~(PAGE - 1), offset + done, PAGE):
                 if not self._has(page):
                     self.release(page, page + PAGE, 0)
@@ -463,6 +477,8 @@ class Space:
                 sender.copy_out(copies)
             self.budget.add_overhead(copies.length)
         arrived = self.arrived(start, end) if self.incoming else []
+        for incoming in self.incoming:
+            incoming.punched(start, end)
         self.hot.madvise(mmap.MADV_REMOVE, start, end - start)
         for at, content in arrived:
             self.hot[at : at + len(content)] = content
@@ -496,14 +512,18 @@ class Space:
     def _has(self, page_offset: int) -> bool:
         return bool(self.word(page_offset >> CLUSTER_SHIFT) >> (page_offset >> PAGE_SHIFT & 15) & 1)
 
-    def release_unmarked(self, page_offset: int) -> None:
-        """Punch a page that an abandoned write had begun to fill; if it is somebody's by now, what arrived stays."""
-        if self._has(page_offset):
-            cluster = page_offset >> CLUSTER_SHIFT
+    def release_unmarked(self, page_offset: int, is_begun: bool) -> None:
+        """Punch what an abandoned write leaves of the cluster that it was being received into, from a page on.
+
+        If that page, which it may have begun to fill, is somebody's by now, what arrived stays.
+        """
+        cluster = page_offset >> CLUSTER_SHIFT
+        if is_begun and self._has(page_offset):
             self.words[cluster] |= 1 << (page_offset >> PAGE_SHIFT & 15) << DIRTY_SHIFT
             self.references[cluster] = Reference.TOUCHED
-        else:
-            self.release(page_offset, page_offset + PAGE, 0)
+        base = cluster << CLUSTER_SHIFT
+        for first, after in page_runs(pages_within(cluster, page_offset, base + CLUSTER) & ~self.word(cluster)):
+            self.release(base + first * PAGE, base + after * PAGE, 0)
 
     def count_index_page(self, cluster: int) -> None:
         """A cluster gets its first word: its index page may be new."""

@@ -369,7 +369,7 @@ def test_an_abandoned_write_leaves_whole_pages_and_gives_the_rest_back() -> None
     incoming = begin(made, 0, CLUSTER)
     assert made.budget.free_pages == free - 16
     receive(incoming, b"a" * (2 * PAGE + 100))
-    assert hot_pages(made) == 3
+    assert hot_pages(made) == (16 if made.folio_view else 3)
     incoming.abandon()
     assert made.read(0, CLUSTER) == b"a" * 2 * PAGE + bytes(CLUSTER - 2 * PAGE)
     assert pages_of(made) == (2, 1)
