@@ -21,7 +21,7 @@ _VERSION_COMMANDS: Final = {
     "fio": ["fio", "--version"],
 }
 
-# What decides how dear a virtual machine's idle CPUs, and new pages are, where there is such a thing.
+# What decides how dear new pages, and a virtual machine's idle CPUs, are: where there is such a thing.
 _SETTINGS: Final = {
     "guest_halt_poll_ns": "/sys/module/haltpoll/parameters/guest_halt_poll_ns",
     "page_reporting_order": "/sys/module/page_reporting/parameters/page_reporting_order",

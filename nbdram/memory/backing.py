@@ -123,7 +123,7 @@ def _map(fd: int, length: int) -> mmap.mmap:
         if error.errno == errno.ENOMEM:
             raise NbdramError(
                 f"there is no address space left to map {length >> 30} GiB: "
-                "all exports together can have about 120 TiB on most machines"
+                "all exports together can have about 120 TiB on most machines, half of that with folios of 64 KiB"
             ) from error
         raise
     no_huge_pages(area)

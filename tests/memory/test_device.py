@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from nbdram.errors import NbdramError
 from nbdram.memory.budget import Budget
 from nbdram.memory.device import Device
-from nbdram.memory.incoming import Incoming
 from nbdram.memory.layout import Tier, page_runs
 from nbdram.memory.space import Copies
 from tests.helpers import CLUSTER, GIB, MIB, PAGE, TIB, hot_pages, index_pages, lone_device
 from tests.memory.evicting import evict
 from tests.memory.machine import DeviceMachine
+from tests.memory.receiving import begin, receive
 from tests.memory.tiers.mounts import mounted
 
 TestDeviceAgainstModel = DeviceMachine.TestCase
@@ -40,16 +40,6 @@ def pages_of(device: Device) -> tuple[int, int]:
 def steps(work: Iterator[None]) -> int:
     """Do it all, and count the steps."""
     return sum(1 for _ in work)
-
-
-def begin(made: Device, offset: int, end: int) -> Incoming:
-    return Incoming(made, offset, end, memoryview(bytearray(4 * MIB)))
-
-
-def receive(incoming: Incoming, data: bytes) -> bool:
-    """`data` arrives on the socket."""
-    incoming.view()[: len(data)] = data
-    return incoming.received(len(data))
 
 
 # -- holes, pages, extents ---------------------------------------------------------------------------

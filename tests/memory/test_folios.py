@@ -11,10 +11,10 @@ import pytest
 from hypothesis import settings
 
 from nbdram.memory.device import Device
-from nbdram.memory.incoming import Incoming
 from tests.helpers import CLUSTER, GIB, MIB, PAGE, hot_pages, lone_device
 from tests.memory.evicting import evict
 from tests.memory.machine import DeviceMachine
+from tests.memory.receiving import begin, receive
 
 _SIZES: Final = Path("/sys/kernel/mm/transparent_hugepage")
 _SETTING: Final = _SIZES / "hugepages-64kB/shmem_enabled"
@@ -58,15 +58,6 @@ def with_folios(made: Device, kind: str) -> Device:
 @pytest.fixture
 def made(kind: str) -> Device:
     return with_folios(lone_device(GIB, 64 * MIB), kind)
-
-
-def begin(made: Device, offset: int, end: int) -> Incoming:
-    return Incoming(made, offset, end, memoryview(bytearray(MIB)))
-
-
-def receive(incoming: Incoming, data: bytes) -> bool:
-    incoming.view()[: len(data)] = data
-    return incoming.received(len(data))
 
 
 def used(made: Device) -> int:
