@@ -6,8 +6,9 @@ everything that it leaves to them: faults, partial pages, first touches.
 
 import errno
 import logging
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from nbdram.memory.backing import OpenFile
@@ -51,6 +52,7 @@ log = logging.getLogger("nbdram.device")
 _MISSING_LOGGED: Final = 100  # a remote may lose all it had: more are only counted
 _SAMPLED_FAULTS: Final = 63  # every 64th fault from RAM is timed
 _COLD: Final = int(Reference.COLD)
+_ZEROS: Final = bytes(CLUSTER)
 _ALL_TOUCHED: Final = bytes((TOUCHED,)) * WORDS_PER_PAGE
 
 Buffer = bytes | memoryview
@@ -403,7 +405,7 @@ class Device(Space):
         new_pages = 0
         first, after = offset >> CLUSTER_SHIFT, ((end - 1) >> CLUSTER_SHIFT) + 1
         if self.is_whole(first, after):
-            references[first:after] = _ALL_TOUCHED[: after - first]
+            self.overwritten(offset, end)
             return 0
         for cluster in range(first, after):
             mask = pages_within(cluster, offset, end)
@@ -426,7 +428,27 @@ class Device(Space):
         self.resident_pages += new_pages
         return new_pages
 
+    def overwritten(self, offset: int, end: int) -> None:
+        """As `mark_written`, of clusters that were whole already, and still are."""
+        first, after = offset >> CLUSTER_SHIFT, ((end - 1) >> CLUSTER_SHIFT) + 1
+        self.references[first:after] = _ALL_TOUCHED[: after - first]
+
     # -- zeros -------------------------------------------------------------------------------------
+
+    def drop_zeros(self, start: int, end: int, seen: memoryview | None) -> None:
+        """Clusters of zeros within [start, end) become holes at once: the inode tables of a new ext4 come as zeros.
+
+        `seen` is the map of the device that the bytes came by. None: by the file, and a map would have to map them.
+        """
+        bases = range(-(-start // CLUSTER) * CLUSTER, end - CLUSTER + 1, CLUSTER)
+        heads: Iterable[int]
+        if seen is None:
+            heads = (int.from_bytes(os.pread(self.backing.hot_fd, 8, base), "little") for base in bases)
+        else:
+            heads = seen.cast("Q")[bases.start >> 3 : end >> 3 : CLUSTER >> 3]
+        for base, head in zip(bases, heads, strict=False):
+            if not head and self.hot[base : base + CLUSTER] == _ZEROS:
+                self.clear(base >> CLUSTER_SHIFT)
 
     def zero(self, offset: int, end: int, *, keep_allocated: bool = False) -> Iterator[None]:
         """Make [offset, end) read as zeros, in steps that the caller iterates.

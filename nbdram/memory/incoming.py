@@ -1,6 +1,5 @@
 """A large WRITE, whose payload is received in pieces: straight into `hot`, or where pages are new, by a buffer."""
 
-import os
 from typing import TYPE_CHECKING
 
 from nbdram.memory.layout import CLUSTER, CLUSTER_SHIFT, PAGE
@@ -9,7 +8,6 @@ if TYPE_CHECKING:
     from nbdram.memory.device import Device
 
 WINDOW_BYTES = 1024 * 1024
-_ZEROS = bytes(CLUSTER)
 
 
 class Incoming:
@@ -118,7 +116,7 @@ class Incoming:
         arrived = self._at if done else self._page
         if arrived > self._marked:
             self._claimed -= self._device.mark_written(self._marked, arrived)
-            self._drop_zeros(self._marked, arrived)
+            self._device.drop_zeros(self._marked, arrived, self._map)
             self._marked = arrived
         if done:
             self._finish()
@@ -132,15 +130,6 @@ class Incoming:
         if self._claimed > needed:
             self._device.budget.give(self._claimed - needed)
             self._claimed = needed
-
-    def _drop_zeros(self, start: int, end: int) -> None:
-        """Whole clusters of zeros become holes at once: the inode tables of a new ext4 come as written zeros."""
-        hot, seen, hot_fd = self._device.hot, self._map, self._device.backing.hot_fd
-        for base in range(-(-start // CLUSTER) * CLUSTER, end - CLUSTER + 1, CLUSTER):
-            # What was written through the file would have to be mapped first.
-            head = os.pread(hot_fd, 8, base) if seen is None else seen[base : base + 8]
-            if head == _ZEROS[:8] and hot[base : base + CLUSTER] == _ZEROS:
-                self._device.clear(base >> CLUSTER_SHIFT)
 
     def abandon(self) -> None:
         """The rest will never come: keep what arrived in whole pages, leave no stray bytes."""

@@ -244,11 +244,11 @@ class Connection(asyncio.BufferedProtocol):
 
         The end of the connection is left to the event loop, which sees it next.
         """
-        readv, yield_cpu, now = os.readv, os.sched_yield, time.perf_counter
+        receive, now = self._receive_soon, time.perf_counter
         budget, fd, whole = self.device.budget, self._fd, (self._view,)
         before = self._served
         started = now()
-        idle_at = 0.0
+        deadline = started + _LINGER_S
         batches = 0
         unwatched = False
         try:
@@ -257,50 +257,115 @@ class Connection(asyncio.BufferedProtocol):
                 self._tasks or self._stalled or self._closing or self._ended or budget.free_pages < budget.wake_below
             ):
                 incoming = self._incoming
-                fresh = incoming is None and not self._held and self._window == RECEIVE_BYTES
-                try:
-                    if fresh:
-                        received = readv(fd, whole)
-                    else:
-                        place = self.get_buffer(-1)
-                        if incoming is not None and incoming.is_last:
-                            # The next request comes along, but not its payload, which would have to be copied.
-                            received = readv(fd, (place, self._view[: self._header_bytes]))
-                        else:
-                            received = readv(fd, (place,))
-                except BlockingIOError:
-                    if self._done:
-                        self._send_done()
-                    moment = now()
-                    idle_at = idle_at or moment
-                    if moment - idle_at > _SPIN_S or moment - started > _LINGER_S:
+                if incoming is None and not self._held and self._window == RECEIVE_BYTES:
+                    received = receive(whole, deadline)
+                    if not received:
                         return
-                    yield_cpu()
-                    continue
-                except OSError:
-                    return
-                if not received:
-                    return
-                idle_at = 0.0
-                if fresh:
                     self._parse(received)
                 else:
+                    place = self.get_buffer(-1)
+                    if incoming is not None and incoming.is_last:
+                        # The next request comes along, but not its payload, which would have to be copied.
+                        received = receive((place, self._view[: self._header_bytes]), deadline)
+                    else:
+                        received = receive((place,), deadline)
+                    if not received:
+                        return
                     room = len(place)
                     self._received(min(received, room))
                     if received > room:
-                        self._next_header(received - room)
+                        unwatched = unwatched or self._service.watch.suspend(fd)
+                        self._next_header(received - room, deadline)
                 elapsed = now() - started
                 if elapsed > _LINGER_S:
                     self._service.doze.judge(self._served - before, elapsed)
                     return
                 batches += 1
-                if batches == _UNWATCHED_FROM:
+                if batches == _UNWATCHED_FROM and not unwatched:
                     unwatched = self._service.watch.suspend(fd)
         finally:
             if unwatched:
                 self._watch_again()
-            if now() - started > _LINGER_S:
+            if now() > deadline:
                 self._burst = _BURST_BYTES
+
+    def _receive_soon(self, places: tuple[memoryview, ...], deadline: float) -> int:
+        """Receive what comes in within a moment; 0 if nothing does, and at the end of the connection."""
+        readv, yield_cpu, now = os.readv, os.sched_yield, time.perf_counter
+        until = 0.0
+        while True:
+            try:
+                return readv(self._fd, places)
+            except BlockingIOError:
+                if self._done:
+                    self._send_done()
+                    if self._stalled or self._closing:
+                        return 0
+                moment = now()
+                until = until or min(moment + _SPIN_S, deadline)
+                if moment > until:
+                    return 0
+                yield_cpu()
+            except OSError:
+                return 0
+
+    def _next_header(self, length: int, deadline: float) -> None:
+        """So much of the next request's header came along with the end of a payload."""
+        while length == self._header_bytes and not self._stalled and time.perf_counter() < deadline:
+            following = self._overwrite(deadline)
+            if following < 0:
+                break
+            length = following
+        if self._stalled:
+            self._held = bytes(self._view[:length])
+        elif length and not self._closing:
+            self._parse(length)
+
+    def _overwrite(self, deadline: float) -> int:
+        """Receive the WRITE whose header is in the buffer, if it is large and of memory that is resident and dirty.
+
+        As long as nobody else runs, nothing has to be noted of it. Returns how much of the next header came along;
+        -1: it is another request.
+        """
+        device, service = self.device, self._service
+        magic, flags, command, cookie, offset, length = self._unpack(self._buffer, 0)
+        end: int = offset + length
+        if (
+            command != wire.Command.WRITE
+            or not DIRECT_BYTES <= length <= wire.MAX_PAYLOAD_BYTES
+            or flags != self._speaks[2]
+            or magic != self._magic
+            or self._is_paced
+            or self.export.read_only
+            or not device.is_whole(offset >> CLUSTER_SHIFT, ((end - 1) >> CLUSTER_SHIFT) + 1)
+        ):
+            return -1
+        begun = time.perf_counter()
+        self.export.counters.operations["write"] += 1
+        self.export.counters.written_bytes += length
+        header = self._view[: self._header_bytes]
+        at: int = offset
+        while at < end:
+            received = self._receive_soon((device.hot_view[at:end], header), deadline)
+            if not received:
+                self._incoming = Incoming(device, offset, end, service.payload_view)
+                self._incoming.received(at - offset)
+                self._incoming_request = (cookie, offset)
+                self._incoming_since = begun
+                return 0
+            at += received
+        device.overwritten(offset, end)
+        device.drop_zeros(offset, end, device.hot_view)
+        self._done.append(self.replies.done(cookie, offset))
+        if len(self._done) >= _MAX_DONE:
+            self._send_done()
+        service.batches += 1
+        if not service.batches % SAMPLE_EVERY:
+            service.counters.inline_seconds["write"].observe(time.perf_counter() - begun, SAMPLE_EVERY)
+        if at == end:
+            self._window = self._header_bytes
+            return 0 if self._stalled else self._receive_soon((header,), deadline)
+        return at - end
 
     @property
     def _served(self) -> int:
@@ -312,13 +377,6 @@ class Connection(asyncio.BufferedProtocol):
             self._service.watch.resume(self._fd)
         except OSError:  # nothing more would be heard of it
             self._transport.abort()
-
-    def _next_header(self, length: int) -> None:
-        """Bytes of a request that came along with the end of a payload."""
-        if self._stalled:
-            self._held = bytes(self._view[:length])
-        elif not self._closing:
-            self._parse(length)
 
     def eof_received(self) -> bool:
         """The client will send no more; answer what it did send, then close."""

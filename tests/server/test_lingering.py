@@ -26,9 +26,9 @@ def headers_along(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     lengths: list[int] = []
     next_header = Connection._next_header
 
-    def spy(self: Connection, length: int) -> None:
+    def spy(self: Connection, length: int, deadline: float) -> None:
         lengths.append(length)
-        next_header(self, length)
+        next_header(self, length, deadline)
 
     monkeypatch.setattr(Connection, "_next_header", spy)
     return lengths
