@@ -3,7 +3,8 @@
 The way of a request: `get_buffer` lends the receive buffer that all connections share (it is parsed before
 anybody else runs), `_parse` walks through every request that one recv brought, answers from the device's maps,
 and all replies of the batch leave by one writev of headers and views of `hot`: no copy, no await, no object that
-outlives the batch. The payload of a large WRITE is received straight into `hot`.
+outlives the batch. The payload of a large WRITE is received straight into `hot`; where that takes several recvs, an
+`Incoming` remembers it from turn to turn.
 
 Rules:
 1. What can't be answered at once leaves `_parse` by one call (`_uncommon`), may become a task, and is answered
