@@ -244,11 +244,13 @@ async def test_caps_hold_for_them(tmp_path: Path, mode: ReplyMode, overwritten: 
         assert not overwritten, "not paid for"
 
 
+@pytest.mark.parametrize("together", [2, 100], ids=["as soon as there are some", "when nothing more comes in"])
 async def test_nothing_is_received_from_who_does_not_take_replies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int
 ) -> None:
     stalled: list[Connection] = []
-    send = Connection._send
+    then: list[int] = []  # what the recv brought during which that happened
+    send, receive_soon = Connection._send, Connection._receive_soon
 
     def full(self: Connection, buffers: list[connection.Buffer]) -> None:
         """The first time, as if the socket took nothing."""
@@ -259,6 +261,12 @@ async def test_nothing_is_received_from_who_does_not_take_replies(
         self._unsent.extend(buffers)
         self._stall()
 
+    def receive(self: Connection, places: tuple[memoryview, ...], deadline: float) -> int:
+        received = receive_soon(self, places, deadline)
+        if self._stalled:
+            then.append(received)
+        return received
+
     def in_two_pieces(fd: int, first: bytes, second: bytes) -> None:
         send_all(fd, first)
         time.sleep(0.03)  # replies are sent when nothing more comes in
@@ -266,14 +274,18 @@ async def test_nothing_is_received_from_who_does_not_take_replies(
 
     async with served(tmp_path) as server, await server.entered() as client:
         fill(server)
+        monkeypatch.setattr(connection, "_MAX_DONE", together)
         monkeypatch.setattr(Connection, "_send", full)
+        monkeypatch.setattr(Connection, "_receive_soon", receive)
         first = b"".join(write(client, number * LENGTH) for number in range(3))
         second = b"".join(write(client, number * LENGTH) for number in range(3, 10))
         fd = client.writer.get_extra_info("socket").fileno()
         sending = asyncio.create_task(asyncio.to_thread(in_two_pieces, fd, first[:-1000], first[-1000:] + second))
         await eventually(lambda: bool(stalled))
+        arrived = remaining(server)
         await asyncio.sleep(0.2)
-        assert remaining(server) == (3 * LENGTH - 1000, 3 * LENGTH)
+        assert remaining(server) == arrived
+        assert not any(then)
         stalled[0]._watch_writable()
         await sending
         assert len(await client.replies(10)) == 10
