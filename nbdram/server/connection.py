@@ -246,7 +246,8 @@ class Connection(asyncio.BufferedProtocol):
         The end of the connection is left to the event loop, which sees it next.
         """
         receive, now = self._receive_soon, time.perf_counter
-        budget, fd, whole = self.device.budget, self._fd, (self._view,)
+        budget, fd = self.device.budget, self._fd
+        whole: tuple[memoryview, ...] = (self._view,)
         before = self._served
         started = now()
         deadline = started + _LINGER_S
@@ -258,23 +259,21 @@ class Connection(asyncio.BufferedProtocol):
                 self._tasks or self._stalled or self._closing or self._ended or budget.free_pages < budget.wake_below
             ):
                 incoming = self._incoming
-                if incoming is None and not self._held and self._window == RECEIVE_BYTES:
-                    received = receive(whole, deadline)
-                    if not received:
-                        return
+                fresh = incoming is None and not self._held and self._window == RECEIVE_BYTES
+                places = whole if fresh else (self.get_buffer(-1),)
+                if incoming is not None and incoming.is_last:
+                    # The next request comes along, but not its payload, which would have to be copied.
+                    places = (*places, self._view[: self._header_bytes])
+                received = receive(places, deadline)
+                if not received:
+                    return
+                if fresh:
                     self._parse(received)
                 else:
-                    place = self.get_buffer(-1)
-                    if incoming is not None and incoming.is_last:
-                        # The next request comes along, but not its payload, which would have to be copied.
-                        received = receive((place, self._view[: self._header_bytes]), deadline)
-                    else:
-                        received = receive((place,), deadline)
-                    if not received:
-                        return
-                    room = len(place)
+                    room = len(places[0])
                     self._received(min(received, room))
                     if received > room:
+                        # What follows may be all of this turn.
                         unwatched = unwatched or self._service.watch.suspend(fd)
                         self._next_header(received - room, deadline)
                 elapsed = now() - started
@@ -328,7 +327,7 @@ class Connection(asyncio.BufferedProtocol):
         As long as nobody else runs, nothing has to be noted of it. Returns how much of the next header came along;
         -1: it is another request.
         """
-        device, service = self.device, self._service
+        device = self.device
         magic, flags, command, cookie, offset, length = self._unpack(self._buffer, 0)
         end: int = offset + length
         if (
@@ -349,22 +348,14 @@ class Connection(asyncio.BufferedProtocol):
         while at < end:
             received = self._receive_soon((device.hot_view[at:end], header), deadline)
             if not received:
-                self._incoming = Incoming(device, offset, end, service.payload_view)
-                self._incoming.received(at - offset)
-                self._incoming_request = (cookie, offset)
-                self._incoming_since = begun
+                self._begin_incoming(cookie, offset, end, begun).received(at - offset)
                 return 0
             at += received
         device.overwritten(offset, end)
         device.drop_zeros(offset, end, device.hot_view)
-        self._done.append(self.replies.done(cookie, offset))
-        if len(self._done) >= _MAX_DONE:
-            self._send_done()
-        service.batches += 1
-        if not service.batches % SAMPLE_EVERY:
-            service.counters.inline_seconds["write"].observe(time.perf_counter() - begun, SAMPLE_EVERY)
+        self._service.batches += 1
+        self._acknowledge(cookie, offset, begun)
         if at == end:
-            self._window = self._header_bytes
             return 0 if self._stalled else self._receive_soon((header,), deadline)
         return at - end
 
@@ -768,12 +759,9 @@ class Connection(asyncio.BufferedProtocol):
                 if out:  # zeros are punched as they arrive: views of them must be in the socket, or in `_unsent`
                     self._send(out)
                     out.clear()
-                incoming = Incoming(self.device, offset, offset + length, self._service.payload_view)
-                self._incoming = incoming
+                incoming = self._begin_incoming(cookie, offset, offset + length, time.perf_counter())
                 if arrived:
                     incoming.write(self._view[start:end])
-                self._incoming_request = (cookie, offset)
-                self._incoming_since = time.perf_counter()
         except OSError as error:
             self._abandon_incoming()
             final = self._wait_for(error, offset, offset + length)
@@ -788,6 +776,13 @@ class Connection(asyncio.BufferedProtocol):
         self._count(wire.Command.WRITE)
         self.export.counters.written_bytes += length
         return start + arrived
+
+    def _begin_incoming(self, cookie: int, offset: int, end: int, begun: float) -> Incoming:
+        """From now on a WRITE of [offset, end) is under way from turn to turn; OSError as `Incoming.grant`."""
+        self._incoming = Incoming(self.device, offset, end, self._service.payload_view)
+        self._incoming_request = (cookie, offset)
+        self._incoming_since = begun
+        return self._incoming
 
     def _wait_for(self, error: OSError, offset: int, end: int) -> OSError | None:
         """Stall until what kept a WRITE of [offset, end) from going on is over; or the error that it is to get."""
@@ -858,15 +853,18 @@ class Connection(asyncio.BufferedProtocol):
             return
         if done:
             self._incoming = None
-            # More of the same is likely: take only the next header, so that its payload needs no copy.
-            self._window = self._header_bytes
-            self._done.append(self.replies.done(*self._incoming_request))
-            if len(self._done) >= _MAX_DONE:
-                self._send_done()
-            seconds = time.perf_counter() - self._incoming_since
-            self._service.counters.inline_seconds["write"].observe(seconds)
+            self._acknowledge(*self._incoming_request, self._incoming_since)
         elif incoming.is_held_up:
             self._grant(incoming)
+
+    def _acknowledge(self, cookie: int, offset: int, begun: float) -> None:
+        """All of a large WRITE is in place."""
+        # More of the same is likely: take only the next header, so that its payload needs no copy.
+        self._window = self._header_bytes
+        self._done.append(self.replies.done(cookie, offset))
+        if len(self._done) >= _MAX_DONE:
+            self._send_done()
+        self._service.counters.inline_seconds["write"].observe(time.perf_counter() - begun)
 
     def _send_done(self) -> None:
         done, self._done = self._done, []

@@ -2,6 +2,8 @@
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,14 @@ def fill(server: Served) -> None:
     server.device().write(0, OLD)
 
 
+@asynccontextmanager
+async def filled(directory: Path, mode: ReplyMode) -> AsyncIterator[tuple[Served, Client]]:
+    """A server whose device has old data, and a client of it."""
+    async with served(directory) as server, await server.entered("ram", mode) as client:
+        fill(server)
+        yield server, client
+
+
 @MODES
 @pytest.mark.parametrize("shift", [0, 7])
 async def test_they_are_stored_and_leave_no_record(
@@ -77,8 +87,7 @@ async def test_they_are_stored_and_leave_no_record(
         begin(self, device, offset, *others)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Incoming, "__init__", spy)
-    async with served(tmp_path) as server, await server.entered("ram", mode) as client:
-        fill(server)
+    async with filled(tmp_path, mode) as (server, client):
         references = server.device().references
         references[: 3 * MIB // CLUSTER] = bytes((Reference.IDLE,)) * (3 * MIB // CLUSTER)
         places = [number * LENGTH + shift for number in range(10)]
@@ -96,12 +105,7 @@ async def test_they_are_stored_and_leave_no_record(
 
 @MODES
 async def test_the_rest_of_one_may_come_later(tmp_path: Path, mode: ReplyMode) -> None:
-    async with (
-        served(tmp_path) as server,
-        await server.entered("ram", mode) as client,
-        await server.entered("ram", mode) as other,
-    ):
-        fill(server)
+    async with filled(tmp_path, mode) as (server, client), await server.entered("ram", mode) as other:
         device = server.device()
         for arrived in (0, 1, 100_000, LENGTH - 1):
             device.write(MIB, OLD[MIB : MIB + LENGTH])
@@ -119,12 +123,7 @@ async def test_the_rest_of_one_may_come_later(tmp_path: Path, mode: ReplyMode) -
 
 @MODES
 async def test_what_is_trimmed_before_the_rest_comes_is_paid_for_again(tmp_path: Path, mode: ReplyMode) -> None:
-    async with (
-        served(tmp_path) as server,
-        await server.entered("ram", mode) as client,
-        await server.entered("ram", mode) as other,
-    ):
-        fill(server)
+    async with filled(tmp_path, mode) as (server, client), await server.entered("ram", mode) as other:
         device = server.device()
         late = write(client, MIB)
         cut = len(late) - 100_000
@@ -158,8 +157,7 @@ async def test_a_client_may_vanish_in_the_middle_of_one(tmp_path: Path, mode: Re
 
 @MODES
 async def test_zeros_become_holes(tmp_path: Path, mode: ReplyMode, overwritten: list[int]) -> None:
-    async with served(tmp_path) as server, await server.entered("ram", mode) as client:
-        fill(server)
+    async with filled(tmp_path, mode) as (server, client):
         device = server.device()
         zeros = client.request(Command.WRITE, MIB + PAGE, payload=bytes(5 * CLUSTER))
         # Begins with zeros, and is none.
@@ -206,8 +204,7 @@ async def test_any_other_request_may_follow(tmp_path: Path, mode: ReplyMode, ove
 
 @MODES
 async def test_what_is_no_request_ends_the_connection(tmp_path: Path, mode: ReplyMode, overwritten: list[int]) -> None:
-    async with served(tmp_path) as server, await server.entered("ram", mode) as client:
-        fill(server)
+    async with filled(tmp_path, mode) as (server, client):
         almost = bytearray(write(client, 2 * MIB))
         almost[0] ^= 1
         await stream(client, write(client, 0), write(client, MIB), bytes(almost[: DIRECT_BYTES // 2]))
@@ -221,8 +218,7 @@ async def test_what_is_no_request_ends_the_connection(tmp_path: Path, mode: Repl
 
 @MODES
 async def test_who_may_write_no_more_is_refused(tmp_path: Path, mode: ReplyMode, overwritten: list[int]) -> None:
-    async with served(tmp_path) as server, await server.entered("ram", mode) as client:
-        fill(server)
+    async with filled(tmp_path, mode) as (server, client):
         first = write(client, 0)
         await stream(client, first[:10_000])
         await eventually(lambda: remaining(server) is not None)
@@ -235,8 +231,7 @@ async def test_who_may_write_no_more_is_refused(tmp_path: Path, mode: ReplyMode,
 
 @MODES
 async def test_caps_hold_for_them(tmp_path: Path, mode: ReplyMode, overwritten: list[int]) -> None:
-    async with served(tmp_path) as server, await server.entered("ram", mode) as client:
-        fill(server)
+    async with filled(tmp_path, mode) as (server, client):
         server.connection().export.pace = Pace(Rules(bandwidth=4 * MIB))
         server.connection().follow_pace()
         await stream(client, *(write(client, number * LENGTH) for number in range(4)))
@@ -272,8 +267,7 @@ async def test_nothing_is_received_from_who_does_not_take_replies(
         time.sleep(0.03)  # replies are sent when nothing more comes in
         send_all(fd, second)
 
-    async with served(tmp_path) as server, await server.entered() as client:
-        fill(server)
+    async with filled(tmp_path, ReplyMode.SIMPLE) as (server, client):
         monkeypatch.setattr(connection, "_MAX_DONE", together)
         monkeypatch.setattr(Connection, "_send", full)
         monkeypatch.setattr(Connection, "_receive_soon", receive)
