@@ -4,8 +4,10 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import reduce
 from typing import Any, Final
 
 from bench import fio, report
@@ -14,7 +16,7 @@ from bench.fio import Job
 from bench.options import Found, Options
 from bench.paged_servers import Nbdram, Watch
 from bench.servers import DEFAULT_EXPORT, running
-from bench.watched import Stall
+from bench.watched import Beats, Stall
 
 _OTHER: Final = "other"  # the export that is read
 _OTHER_SIZE: Final = "4m"
@@ -34,7 +36,7 @@ _PROMISE_S: Final = 5.0  # of random writes, at least
 _PROMISE: Final = 1.05
 _NOTE: Final = """\
 own: the longest stall without the time that others had the server's core. Those who share the host count as own:
-the floor is how long loops that do nothing but look at the clock, one for each core and nothing else, stood still."""
+the floors are how long loops that do nothing but look at the clock, one for each core and nothing else, stood still."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,12 @@ def stalls(options: Options) -> tuple[Found, list[Check]]:
     roomy = Nbdram(exports, 2 * size, "nbdram, roomy", is_watched=True)
     writes = Job("256K write QD16", "write", "256k", 16, span=str(size), options=(_HALF,))
     print("running reads beside reclaim", file=sys.stderr)
-    gaps = []
+    nothing: list[Stall] = []
     with running([tight, roomy]):
         for server in (tight, roomy):
             fio.fill(server.uri(), str(size))
         for _ in range(options.rounds):
-            gaps.append(_gap_of_nothing_s(options.seconds))
+            nothing.append(_stall_of_nothing(options.seconds))
             found[_ALONE].append(_read(roomy, None, options.seconds))
             found[_BESIDE].append(_read(roomy, writes, options.seconds))
             found[_RECLAIM].append(_read(tight, writes, options.seconds))
@@ -84,33 +86,36 @@ def stalls(options: Options) -> tuple[Found, list[Check]]:
     print(report.table(title, head, rows), end="\n\n")
     print(_NOTE, end="\n\n")
     p99_ms = statistics.median(reading.outcome.p99_us for reading in found[_RECLAIM]) / 1000
-    stall_ms = statistics.median(reading.stall.whole_s for reading in found[_RECLAIM]) * 1000
-    own_ms = max(reading.stall.own_s for reading in found[_RECLAIM]) * 1000
-    floors = [gap * 1000 for gap in (statistics.median(gaps), max(gaps))]
-    stalled = "event loop stalled beside reclaim, median round's longest"
+    beside, what = [reading.stall for reading in found[_RECLAIM]], "event loop stalled beside reclaim"
     checks = [
         Check("resident 4K read beside reclaim, p99", p99_ms, 1.0, "ms", strictly=True),
-        Check(stalled, stall_ms, 5.0, "ms", strictly=True, floor=floors[0]),
-        Check("likewise, its own, longest of all rounds", own_ms, 5.0, "ms", strictly=True, floor=floors[1]),
+        _stall_check(f"{what}, median round's longest", statistics.median, "whole_s", beside, nothing),
+        _stall_check("likewise, its own", statistics.median, "own_s", beside, nothing),
+        _stall_check("likewise, longest of all rounds", max, "own_s", beside, nothing),
     ]
     runs = {name: [asdict(reading) for reading in readings] for name, readings in found.items()}
-    return {**runs, "gaps of nothing": gaps}, checks
+    return {**runs, "stalls of nothing": [stall._asdict() for stall in nothing]}, checks
 
 
-def _gap_of_nothing_s(seconds: float) -> float:
+def _stall_check(
+    what: str, of: Callable[[Iterable[float]], float], kind: str, stalls: Sequence[Stall], nothing: Sequence[Stall]
+) -> Check:
+    value, floor = (of(getattr(stall, kind) for stall in some) * 1000 for some in (stalls, nothing))
+    return Check(what, value, 5.0, "ms", strictly=True, floor=floor)
+
+
+def _stall_of_nothing(seconds: float) -> Stall:
     """The longest time for which the machine lets a process stand that needs a core, when all cores are needed."""
     cores = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(cores) as pool:
-        return max(pool.map(_longest_gap_s, [seconds] * cores))
+        return reduce(Stall.or_longer, pool.map(_stand_still, [seconds] * cores))
 
 
-def _longest_gap_s(seconds: float) -> float:
+def _stand_still(seconds: float) -> Stall:
     """The longest time between two looks at the clock."""
-    longest = 0.0
-    now = begun = time.monotonic()
-    while now - begun < seconds:
-        last, now = now, time.monotonic()
-        longest = max(longest, now - last)
+    beats, longest, end = Beats(), Stall(0.0, 0.0), time.monotonic() + seconds
+    while time.monotonic() < end:
+        longest = longest.or_longer(beats.beat())
     return longest
 
 

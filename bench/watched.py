@@ -32,6 +32,29 @@ class Stall(NamedTuple):
     whole_s: float
     own_s: float  # without the time that others had its core
 
+    def or_longer(self, other: "Stall") -> "Stall":
+        return Stall(*map(max, self, other))
+
+
+class Beats:
+    """The times between the beats of this thread."""
+
+    def __init__(self) -> None:
+        self._schedstat = os.open("/proc/thread-self/schedstat", os.O_RDONLY)  # of the thread that opens it
+        self._last_s, self._last_waited_s = time.monotonic(), self._waited_s()
+
+    def beat(self) -> Stall:
+        """How long ago the last one was."""
+        now, waited = time.monotonic(), self._waited_s()
+        whole = now - self._last_s
+        stall = Stall(whole, whole - (waited - self._last_waited_s))
+        self._last_s, self._last_waited_s = now, waited
+        return stall
+
+    def _waited_s(self) -> float:
+        """How long this thread has waited for a core."""
+        return int(os.pread(self._schedstat, 100, 0).split()[1]) / 1e9
+
 
 class Longest:
     """What is in FILE."""
@@ -48,30 +71,18 @@ class Longest:
         return longest
 
     def note(self, stall: Stall) -> None:
-        self._cell[:] = _LONGEST.pack(*map(max, stall, _LONGEST.unpack(self._cell[:])))
+        self._cell[:] = _LONGEST.pack(*stall.or_longer(Stall(*_LONGEST.unpack(self._cell[:]))))
 
 
 async def _watched(longest: Longest, served: Coroutine[Any, Any, None]) -> None:
-    loop = asyncio.get_running_loop()
+    beats, timer = Beats(), _timer()
 
-    with open("/proc/thread-self/schedstat", "rb", buffering=0) as schedstat:
+    def beat() -> None:
+        os.read(timer, 8)
+        longest.note(beats.beat())
 
-        def waited_s() -> float:
-            """How long this thread has waited for a core."""
-            return int(os.pread(schedstat.fileno(), 100, 0).split()[1]) / 1e9
-
-        last, last_waited = time.monotonic(), waited_s()
-
-        def beat() -> None:
-            nonlocal last, last_waited
-            os.read(timer, 8)
-            now, waited = time.monotonic(), waited_s()
-            longest.note(Stall(now - last, now - last - (waited - last_waited)))
-            last, last_waited = now, waited
-
-        timer = _timer()
-        loop.add_reader(timer, beat)
-        await served
+    asyncio.get_running_loop().add_reader(timer, beat)
+    await served
 
 
 def _timer() -> int:
