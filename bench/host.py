@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +22,7 @@ _VERSION_COMMANDS: Final = {
     "fio": ["fio", "--version"],
 }
 
+_CLOCK_OF_TICKS: Final = 6  # CLOCK_MONOTONIC_COARSE: who waits for a core may have to wait for the next tick
 # What decides how dear new pages, and a virtual machine's idle CPUs, are: where there is such a thing.
 _SETTINGS: Final = {
     "guest_halt_poll_ns": "/sys/module/haltpoll/parameters/guest_halt_poll_ns",
@@ -38,8 +40,8 @@ def facts(programs: Iterable[str]) -> dict[str, str]:
         "kernel": os.uname().release,
         "python": f"{platform.python_version()}, uvloop {_package_version('uvloop')}",
     }
-    if chosen := [f"{name} {_choice(path)}" for name, path in _SETTINGS.items() if os.path.exists(path)]:
-        found["settings"] = ", ".join(chosen)
+    chosen = [f"{name} {_choice(path)}" for name, path in _SETTINGS.items() if os.path.exists(path)]
+    found["settings"] = ", ".join([f"tick {time.clock_getres(_CLOCK_OF_TICKS) * 1000:g} ms", *chosen])
     for program in (*programs, "fio"):
         found[program] = _program_version(program)
     return found
