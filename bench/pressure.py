@@ -35,8 +35,9 @@ _HALF: Final = "--buffer_compress_percentage=50"
 _PROMISE_S: Final = 5.0  # of random writes, at least
 _PROMISE: Final = 1.05
 _NOTE: Final = """\
-own: the longest stall without the time that others had the server's core. Those who share the host count as own:
-the floors are how long loops that do nothing but look at the clock, one for each core and nothing else, stood still."""
+own: the longest stall without the time that others had the server's core: clients, processes that compress, whatever
+else runs. Those who share the host count as own: the floors are how long loops that do nothing but look at the clock,
+one for each core and nothing else, stood still."""
 
 
 @dataclass(frozen=True)

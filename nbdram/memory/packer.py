@@ -35,7 +35,9 @@ _AGAIN_S: Final = 10.0  # after this a lost process is replaced
 _IDLE_S: Final = 10.0  # after this a process that nobody needs is ended
 _MOST: Final = 4
 _ENOUGH: Final = 2  # batches: while one is compressed, the next is there already
-LATE_S: Final = 0.03  # for a batch: others leave the process no time, so that threads had better help
+# For a batch. After that others leave the process no time, and threads had better help: at the expense of the event
+# loop, which has to share its interpreter with them.
+LATE_S: Final = 0.1
 # The memory for data, besides what the server itself takes, that has room for a process which compresses.
 _MEMORY_EACH: Final = 128 << 20
 _PATIENCE_S: Final = 5.0  # for a batch, which takes milliseconds: somebody has stopped the process
