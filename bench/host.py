@@ -23,6 +23,7 @@ _VERSION_COMMANDS: Final = {
 }
 
 _CLOCK_OF_TICKS: Final = 6  # CLOCK_MONOTONIC_COARSE: who waits for a core may have to wait for the next tick
+
 # What decides how dear new pages, and a virtual machine's idle CPUs, are: where there is such a thing.
 _SETTINGS: Final = {
     "guest_halt_poll_ns": "/sys/module/haltpoll/parameters/guest_halt_poll_ns",

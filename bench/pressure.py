@@ -16,7 +16,7 @@ from bench.fio import Job
 from bench.options import Found, Options
 from bench.paged_servers import Nbdram, Watch
 from bench.servers import DEFAULT_EXPORT, running
-from bench.watched import Beats, Stall
+from bench.watched import EVERY_NS, Beats, Stall
 
 _OTHER: Final = "other"  # the export that is read
 _OTHER_SIZE: Final = "4m"
@@ -113,9 +113,11 @@ def _stall_of_nothing(seconds: float) -> Stall:
 
 
 def _stand_still(seconds: float) -> Stall:
-    """The longest time between two looks at the clock."""
+    """The longest time between two beats of a loop that does nothing else, as often as the server's."""
     beats, longest, end = Beats(), Stall(0.0, 0.0), time.monotonic() + seconds
-    while time.monotonic() < end:
+    while (now := time.monotonic()) < end:
+        while time.monotonic() < now + EVERY_NS / 1e9:
+            pass
         longest = longest.or_longer(beats.beat())
     return longest
 

@@ -21,7 +21,7 @@ import uvloop
 
 from nbdram.cli import main
 
-_EVERY_NS: Final = 500_000
+EVERY_NS: Final = 500_000
 _TIME: Final = struct.Struct("4q")  # struct itimerspec: how often and from when on, in seconds and nanoseconds
 _LONGEST: Final = struct.Struct("2d")
 
@@ -37,7 +37,11 @@ class Stall(NamedTuple):
 
 
 class Beats:
-    """The times between the beats of this thread."""
+    """The times between the beats of this thread.
+
+    The clock and the waits are read one after the other. So let beats be far apart (EVERY_NS) beside the time that this
+    takes, or what happens in between counts for the wrong one.
+    """
 
     def __init__(self) -> None:
         self._schedstat = os.open("/proc/thread-self/schedstat", os.O_RDONLY)  # of the thread that opens it
@@ -89,7 +93,7 @@ def _timer() -> int:
     """What can be read each time that a beat is due. (The loop's own timers are up to a millisecond late.)"""
     libc = ctypes.CDLL(None, use_errno=True)  # Python itself has timers of this kind from 3.13 on
     timer: int = libc.timerfd_create(time.CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
-    if timer < 0 or libc.timerfd_settime(timer, 0, _TIME.pack(0, _EVERY_NS, 0, _EVERY_NS), None):
+    if timer < 0 or libc.timerfd_settime(timer, 0, _TIME.pack(0, EVERY_NS, 0, EVERY_NS), None):
         raise OSError(ctypes.get_errno(), "no timer can be had")
     return timer
 
